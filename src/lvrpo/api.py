@@ -97,6 +97,11 @@ def train(
     own, given = _split_rewards(rewards)
     tree: dict[str, Any] = {} if own is None else {"rewards": own}
     resolved = _resolve_config(config, overrides)
+    if success is not None and resolved.data.success is not None:
+        raise InputError(
+            f"success: data.success names another, {resolved.data.success.name}: leave one of the two out, or set "
+            "data.success=null"
+        )
     if prompts is not None:
         tree |= _listed_data(resolved, prompts, validation or (), overrides)
     if tree:
@@ -149,7 +154,8 @@ def _listed_data(
         counts = {task: min(counts.get(task, n), n) or n for task, n in available.items()}
     held_out = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
     section = config.validation.model_dump() | ({"prompts": held_out} if held_out else {})
-    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "validation": section}
+    rule = None if config.data.success is None else config.data.success.model_dump()
+    return {"data": {"source": IN_PYTHON, "success": rule, "prompts_per_step": counts}, "validation": section}
 
 
 def _split_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None, dict[str, Reward]]:

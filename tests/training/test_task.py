@@ -11,9 +11,13 @@ import pytest
 import torch
 from discrete_policy import DiscretePolicy
 
+import lvrpo
 from lvrpo import ContractError, InputError, Prompt, TextSegment, Trajectory
 from lvrpo.cli import main
 from lvrpo.config import load_config
+from lvrpo.evaluation import BENCHMARKS
+from lvrpo.evaluation.items import ItemStore
+from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks, prompt_benchmarks
 from lvrpo.registry import allow_code
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -64,6 +68,10 @@ class Plain:
 
 def is_short(text):
     return len(text) < 4
+
+
+def is_red(image):
+    return bool(image[0].mean() > 0.5)
 """
 RUN = """
 name: own
@@ -174,6 +182,11 @@ def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: s
         ),
         ("data.success={name: self_vqa}", "data.success.name=self_vqa: asks a model for its verdict"),
         ("data.success={name: './red.py:is_short', options: {n: 1}}", r"data.success.options \(n\)"),
+        ("data.success={name: own_vqa}", "data.success.name=own_vqa: is called self_vqa now"),
+        (
+            "data.success={name: ocr, options: {api_key: hidden}}",
+            "data.success.options: api_key: looks like a key, and",
+        ),
     ],
 )
 def test_a_wrong_task_is_one_line(setting: str, words: str) -> None:
@@ -196,3 +209,39 @@ def test_rows_of_a_file_have_a_rule_too() -> None:
     ]
     parts = open_parts(load_config(TrainConfig, Path("own.yaml"), given))
     assert parts.scorer.metric(parts.source.prompt("reason", 0)) == "success"
+
+
+def test_the_rule_scores_the_runs_own_prompts_alone() -> None:
+    policy, rows = DiscretePolicy(("tokens",)), [Prompt("1", "understand", ("draw red",), ("text",), "no word")]
+    found = [scorer(lambda text: True), scorer(lambda text: False)]
+    benchmarks = [Benchmark("given", lambda n: rows, 1), *prompt_benchmarks("own", rows, found[0])]
+    assert [b.own_rule for b in (*find_benchmarks(["scenes"]), *benchmarks)].index(True) == len(BENCHMARKS) + 1
+
+    def scores(by: HeldOutScorer, store: ItemStore | None = None) -> dict[str, tuple[float, ...]]:
+        options = EvaluationOptions(0, scorer=by, store=store)
+        return {k: v.scores for k, v in evaluate(policy, benchmarks, options=options).scored.items()}
+
+    assert [scores(by) for by in found] == [{"given": (0.0,), "own": (1.0,)}, {"given": (0.0,), "own": (0.0,)}]
+    scores(found[0], ItemStore(Path("kept")))
+    other = HeldOutScorer((), RewardSource(RewardConfig(name="my:other"), as_reward(lambda text: False)()))
+    with pytest.raises(
+        InputError, match=r"own: holds an evaluation with success 'my:rule \{\}', this one has 'my:other"
+    ):
+        scores(other, ItemStore(Path("kept")))
+
+
+def test_a_list_of_prompts_keeps_the_rule_of_its_configuration() -> None:
+    write_run()
+    allow_code(["*", "discrete_policy"])
+    rows = [Prompt(str(i), "generate", ("red",), ("image",)) for i in range(2)]
+    plain = ["rewards=[{name: text_length}]", "validation.overoptimization=null"]
+    config = load_config(TrainConfig, Path("own.yaml"), ["data.success={name: './red.py:is_red'}", *plain])
+    with pytest.raises(InputError, match=r"success: data.success names another, ./red.py:is_red: leave one of the two"):
+        lvrpo.train(config, prompts=rows, success=lambda image: True)
+    done = lvrpo.train(
+        config, prompts=rows, validation=rows, rewards=[lambda image: float(image.mean())], progress=False
+    )
+    assert RunDirectory.read(done.run).metrics()[0]["validation/generate"] in (0, 0.5, 1)
+    kept = RunDirectory.read(done.run).config(TrainConfig).data.success
+    assert kept is not None
+    assert kept.name.endswith("red.py:is_red")

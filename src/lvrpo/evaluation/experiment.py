@@ -23,6 +23,7 @@ from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.samples import (
     REPEATED_PROMPTS,
     first_per_category,
+    first_successes,
     read_evaluation,
     write_evaluation,
     write_samples,
@@ -42,6 +43,7 @@ from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_im
 from lvrpo.reading import Record, path_exists
 from lvrpo.records import Cost
 from lvrpo.report import build_report
+from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.health import assess
@@ -50,7 +52,7 @@ from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import TASKS, Prompt, TaskKind
+from lvrpo.types import TASKS, Group, Prompt, TaskKind
 
 RESULT = "eval/after.json"
 
@@ -267,9 +269,16 @@ class Experiment:
             policy = evaluation_policy(self.trainer.state.policies, "ema")
             groups = sample_prompts(policy, self._report_prompts, self.sampling, 0)
             name = f"step_{middle:06d}"
-            samples = write_samples(self.run, name, groups, self.trainer.parts.scorer)
+            samples = write_samples(self.run, name, groups, self._successes(groups))
             self.run.write_json(f"eval/{name}.json", {"prompts": list(map(asdict, samples))})
         self.progress.step(row)
+
+    def _successes(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The successes of the report's prompts; the task's own rule is asked of its own prompts alone."""
+        scorer = self.trainer.parts.scorer
+        own = {p.id for b in self.benchmarks if b.own_rule for p in b.prompts(self.plan.sizes.get(b.name, b.n))}
+        found = first_successes([group for group in groups if group.prompt.id in own], scorer)
+        return found | first_successes([group for group in groups if group.prompt.id not in own], SUCCESS_ONLY)
 
     def after(self, before: Evaluation) -> dict[str, Any]:
         """Evaluates the result, waits for the baseline, writes summary and report; returns the summary. Any: JSON."""
@@ -314,7 +323,7 @@ class Experiment:
             keep=first_per_category,
             options=options,
         )
-        on_main(lambda: write_evaluation(run, phase, evaluation, scorer))
+        on_main(lambda: write_evaluation(run, phase, evaluation))
         return evaluation
 
     def _find_report_prompts(self) -> list[Prompt]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from lvrpo.data.images import png
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
-from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, has_success
+from lvrpo.rewards.success import HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt
@@ -35,9 +35,7 @@ def first_per_category(name: str, groups: Sequence[Group]) -> list[Group]:
     return kept
 
 
-def write_evaluation(
-    run: RunDirectory, phase: str, evaluation: Evaluation, scorer: HeldOutScorer = SUCCESS_ONLY
-) -> None:
+def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
     """Writes eval/PHASE.json, with the pictures of the kept samples in eval/PHASE/ and eval/sources/."""
     groups = [group for kept in evaluation.groups.values() for group in kept]
     rewards = {
@@ -46,7 +44,13 @@ def write_evaluation(
         if scored.metric == "reward"
         for prompt, score in zip(scored.ids, scored.scores, strict=True)
     }
-    samples = write_samples(run, phase, groups, scorer, rewards)
+    successes = {
+        prompt: row[0]
+        for name, kept in evaluation.groups.items()
+        if kept
+        for prompt, row in zip(evaluation.scored[name].ids, evaluation.scored[name].successes, strict=False)
+    }
+    samples = write_samples(run, phase, groups, successes, rewards)
     run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": [asdict(sample) for sample in samples]})
 
 
@@ -55,19 +59,25 @@ def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
     return from_json(EvaluationRecord, run.read_json(relative), str(run.path / relative), "restore it or delete it")
 
 
+def first_successes(groups: Sequence[Group], scorer: HeldOutScorer) -> dict[str, float]:
+    """The success of the first member of each group whose success is defined, by prompt id; nan where it failed."""
+    first = [Group(group.prompt, group.trajectories[:1]) for group in groups]
+    return {first[p].prompt.id: row[0] for p, row in scorer.successes(first).items()}
+
+
 def write_samples(
     run: RunDirectory,
     phase: str,
     groups: Sequence[Group],
-    scorer: HeldOutScorer = SUCCESS_ONLY,
+    successes: Mapping[str, float],
     rewards: Mapping[str, float] | None = None,
 ) -> list[Sample]:
     """One row per group, of its first member; writes the pictures.
 
-    ``rewards``: scores by prompt id, for prompts whose success is not defined.
+    ``successes``: by prompt id, nan where it failed; ``rewards``: scores by prompt id, where success is not defined.
     """
     first = [Group(group.prompt, group.trajectories[:1]) for group in groups]
-    scores = {first[p].prompt.id: row[0] for p, row in scorer.successes(first).items() if math.isfinite(row[0])}
+    scores = {prompt: score for prompt, score in successes.items() if math.isfinite(score)}
     drawn = [group for group in first if "image" in group.prompt.output and has_success(group.prompt)]
     holds = {group.prompt.id: row for group, row in zip(drawn, fact_table(drawn), strict=True)} if drawn else {}
     rows = []

@@ -58,6 +58,8 @@ class Benchmark:
     """Prompts of the validation split, for tuning temperature and guidance; None: there are none."""
     tunable: bool = False
     """Whether its own prompts may be used for tuning: rows of a file that the user names."""
+    own_rule: bool = False
+    """Whether the run's own rule of success scores it: rows of a file, and prompts of the run's task."""
     fixed_sampling: bool = False
     """Whether tuned temperature and guidance leave its own in place."""
     metric: Metric = "success"
@@ -105,6 +107,10 @@ class EvaluationOptions:
     """Frozen policy that judges for the rewards of ``scorer``, for prompts without a verifiable answer."""
     store: ItemStore | None = None
     """Storage of outputs and scores, so that an interrupted evaluation can be resumed."""
+
+    def scorer_of(self, benchmark: Benchmark) -> HeldOutScorer:
+        """The scorer of a benchmark: without the run's rule, unless it is of the run's prompts."""
+        return self.scorer if benchmark.own_rule else replace(self.scorer, success=None)
 
 
 @dataclass(frozen=True)
@@ -219,14 +225,13 @@ def prompt_benchmarks(
             )
         kinds.setdefault((prompt.task, metric), []).append(prompt)
     if all(metric == "success" for _, metric in kinds):
-        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), tunable=True, check=check)]
+        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), tunable=True, own_rule=True, check=check)]
     doubled = len({task for task, _ in kinds}) < len(kinds)
     found = []
     for (task, metric), rows in kinds.items():
         title = name if len(kinds) == 1 else f"{name}/{task}{f'/{metric}' if doubled else ''}"
-        found.append(
-            Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), tunable=True, metric=metric, check=check)
-        )
+        own = Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), tunable=True, own_rule=True, check=check)
+        found.append(replace(own, metric=metric))
     return found
 
 
@@ -344,6 +349,7 @@ def identity(
         "policy": judge_fingerprint(policy),
         "judge": judge_fingerprint(options.judge or policy),
         "rewards": sorted(r.config.title for r in options.scorer.rewards),
+        "success": options.scorer_of(benchmark).rule,
         "seed": seed,
         "samples": benchmark.samples,
         "sampling": {task: {k: str(v) for k, v in vars(each).items()} for task, each in settings.items()},
@@ -369,7 +375,9 @@ def _scored_items(
     judge, reward = options.judge or policy, benchmark.reward
     reasons: dict[int, str] = {}
     if reward is None:
-        result = score_prompts(policy, prompts, sampling, seed, count, options.scorer, options.reward_judge)
+        result = score_prompts(
+            policy, prompts, sampling, seed, count, options.scorer_of(benchmark), options.reward_judge
+        )
         groups, rows = result.groups, result.by_sample
     else:
         groups = tuple(sample_prompts(policy, prompts, sampling, seed, count))

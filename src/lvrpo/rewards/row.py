@@ -84,6 +84,30 @@ class WeightSchedule(Config):
         return y0 + (y1 - y0) * (step - x0) / (x1 - x0)
 
 
+def _name_of_today(name: str) -> str:
+    if name in RENAMED:
+        raise ValueError(f"is called {RENAMED[name]} now")
+    return name
+
+
+def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """Options are written into run directories."""
+    _refuse_secrets(options)
+    return options
+
+
+class SuccessConfig(Config):
+    """A rule that says whether an output is right: with it validation, evaluation and curves count success."""
+
+    name: str
+    """./my_file.py:NAME, a function that returns True or False, or an entry of REWARDS whose scores are 0 or 1."""
+    options: dict[str, Any] = Field(default={})
+    """Its options. Any: each rule has its own."""
+
+    _by_its_name_of_today = field_validator("name")(_name_of_today)
+    _without_keys = field_validator("options")(_without_secrets)
+
+
 class RewardConfig(Config):
     """One row of the reward section."""
 
@@ -118,19 +142,8 @@ class RewardConfig(Config):
     where: WhereConfig | None = None
     """Placement in actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in each process."""
 
-    @field_validator("name")
-    @classmethod
-    def _by_its_name_of_today(cls, name: str) -> str:
-        if name in RENAMED:
-            raise ValueError(f"is called {RENAMED[name]} now")
-        return name
-
-    @field_validator("options")
-    @classmethod
-    def _without_keys(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options are written into run directories."""
-        _refuse_secrets(options)
-        return options
+    _by_its_name_of_today = field_validator("name")(_name_of_today)
+    _without_keys = field_validator("options")(_without_secrets)
 
     @field_validator("clip")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ class HeldOutScorer:
     """Rewards of the run; those of weight 0 and those that only compare members of a group are not used."""
     success: RewardSource | None = None
     """The task's own metric of success; where it is None or does not apply, the prompt's answer and facts decide."""
+
+    @property
+    def rule(self) -> str:
+        """The name and options of the task's own metric; "" where there is none."""
+        config = None if self.success is None else self.success.config
+        return "" if config is None else f"{config.name} {json.dumps(config.options, sort_keys=True, default=str)}"
 
     def metric(self, prompt: Prompt) -> Metric | None:
         """The metric of a prompt's outputs; None: nothing can score them."""

@@ -15,7 +15,7 @@ from lvrpo.data.tables import DatasetConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdapterConfig
 from lvrpo.policies.base import READS_ONLY, Sampling, can_draw
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.row import RewardConfig, SuccessConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.health import HealthConfig
@@ -39,15 +39,6 @@ Count = Annotated[int, Field(le=100_000)]
 
 ROW_SOURCES = ("jsonl", "datasets")
 """Sources of rows of the user, whose splits are named in the configuration."""
-
-
-class SuccessConfig(Config):
-    """A rule that says whether an output is right: with it validation, evaluation and curves count success."""
-
-    name: str
-    """./my_file.py:NAME, a function that returns True or False, or an entry of REWARDS whose scores are 0 or 1."""
-    options: dict[str, Any] = Field(default={})
-    """Its options. Any: each rule has its own."""
 
 
 class DataConfig(Config):
