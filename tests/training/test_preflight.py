@@ -126,6 +126,7 @@ def test_a_replay_that_is_not_a_number(policy: TinyPolicy, groups: list[Group]) 
         {"trained_steps": (1, 2)},
         {"guidance_scale": 1.0},
         {"noise_level": 0.2},
+        {"guided_logprobs": "detach_uncond"},
         {"timesteps": torch.linspace(1, 0, 5) ** 2},
     ],
     ids=lambda changes: next(iter(changes)),

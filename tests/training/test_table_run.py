@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 from stored import killed_copy
 
+from lvrpo.commands.evaluate import sampled_as_run
+from lvrpo.commands.options import Options
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
-from lvrpo.evaluation.experiment import TEST_ROWS, held_out_plan, warn_without_test
+from lvrpo.evaluation.experiment import TEST_ROWS, Plan, _planned_benchmarks, held_out_plan, warn_without_test
+from lvrpo.evaluation.suite import SAMPLING, find_benchmarks
+from lvrpo.policies.base import Sampling
 from lvrpo.registry import allow_code
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
+from lvrpo.training.validation import Validator
 
 datasets = pytest.importorskip("datasets")
 
@@ -73,6 +78,29 @@ def test_two_steps_and_a_resumption_equal_four(streaming: str, small_base: Path)
     with pytest.raises(InputError, match=r"data\.datasets\.train: the rows are not those .* \(edited\): restore them"):
         Trainer.resume(killed, longer)
     assert sorted(path.read_bytes() for path in killed.rglob("*") if path.is_file()) == before
+
+
+def test_rows_are_tested_with_the_settings_of_validation(small_base: Path) -> None:
+    """``lvrpo evaluate`` of the run too; of a model alone, rows are sampled with its own defaults."""
+    write(*TEXTS)
+    chosen = config(
+        small_base,
+        "rollout={group_size: 4, num_steps: 2, max_new_tokens: 20, solver: euler}",
+        "steps=1",
+        one="train: 'train[:4]', validation: 'train[4:5]', test: 'train[5:]'",
+    )
+    trainer = Trainer.start(chosen, Path("run"))
+    with trainer.run:
+        (rows,) = _planned_benchmarks(trainer, Plan((TEST_ROWS,)))
+    validated = Validator({}, chosen).sampling
+    assert (validated.max_new_tokens, validated.num_steps, validated.solver) == (20, 2, "euler")
+    assert rows.sampling(Sampling()) == validated
+    Path("rows.jsonl").write_text(json.dumps({"task": "reason", "prompt": "a", "answer": "b"}) + "\n")
+    found = find_benchmarks(["rows.jsonl", "reason"])
+    for model, expected in (("run", validated), ("tiny", Sampling(max_new_tokens=99, tokens_per_step=2))):
+        own, world = sampled_as_run(Options(model=model), found)
+        assert own.sampling(Sampling(max_new_tokens=99, tokens_per_step=2)) == expected
+        assert world.sampling(SAMPLING) == SAMPLING
 
 
 def test_splits_that_share_a_row_are_refused_before_the_start(small_base: Path) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.success import HeldOutScorer
+    from lvrpo.training.config import TrainConfig
 
 
 def evaluate_options(parser: Parser) -> None:
@@ -72,7 +73,7 @@ def evaluate_options(parser: Parser) -> None:
         "--num-steps",
         type=num_steps,
         metavar="N",
-        help="sampling steps per image (default: 8; for published benchmarks MODEL's own)",
+        help="sampling steps per image (default: 8; for published benchmarks and rows MODEL's own)",
     )
     sampling.add_argument(
         "--samples", type=positive, metavar="N", help="samples per prompt for pass@k and best of n (default: 16)"
@@ -140,7 +141,7 @@ def evaluate_by_us(options: Options) -> None:
         *(options.data, options.detector, options.color_classifier, options.thresholds, options.vlm), options.device
     )
     found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
-    benchmarks = suite.at_guidance(found, options.guidance or (), options.num_steps)
+    benchmarks = suite.at_guidance(sampled_as_run(options, found), options.guidance or (), options.num_steps)
     tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
@@ -282,20 +283,37 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
     from lvrpo.policies.loading import START
     from lvrpo.rewards.success import SUCCESS_ONLY
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run_directory import CONFIG, RunDirectory
     from lvrpo.training.sources import task_scorer
 
     if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
         return SUCCESS_ONLY, None
     run = Path(options.rewards or options.model)
-    if (run / START).is_dir() and (run / CONFIG).is_file():
-        config, judge = RunDirectory.read(run).config(TrainConfig), str(run / START)
+    if (trained := run_config(run)) is not None:
+        config, judge = trained, str(run / START)
     elif options.rewards is not None:
         config = read_config(TrainConfig, options.rewards, [])
         judge = config.policy
     else:
         return SUCCESS_ONLY, None
     return task_scorer(config), judge
+
+
+def sampled_as_run(options: Options, benchmarks: list[Benchmark]) -> list[Benchmark]:
+    """The benchmarks; where MODEL is a run, rows of a file are sampled as in its validation."""
+    from lvrpo.evaluation.suite import sampled_as
+
+    trained = run_config(Path(options.model)) if any(b.tunable for b in benchmarks) else None
+    return benchmarks if trained is None else sampled_as(benchmarks, trained.rollout.held_out_sampling())
+
+
+def run_config(run: Path) -> TrainConfig | None:
+    """The configuration of a run of ``lvrpo train``; None where the folder is none."""
+    from lvrpo.policies.loading import START
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.run_directory import CONFIG, RunDirectory
+
+    is_run = (run / START).is_dir() and (run / CONFIG).is_file()
+    return RunDirectory.read(run).config(TrainConfig) if is_run else None
 
 
 def tune(options: Options) -> None:
@@ -314,6 +332,7 @@ def tune(options: Options) -> None:
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
     found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)
+    found = suite.at_guidance(sampled_as_run(options, found), (), options.num_steps)
     benchmarks = [tuning.as_validation(benchmark) for benchmark in found]
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
@@ -351,8 +370,10 @@ def report_options(parser: Parser) -> None:
 def report(options: Options) -> None:
     from lvrpo.evaluation.reward_audit import write_audit
     from lvrpo.report import build_report
+    from lvrpo.report.run import load_run
     from lvrpo.training.rollout_log import has_records
 
+    load_run(options.run)  # raises before the audit is written
     if has_records(options.run):
         write_audit(options.run)
     print(build_report(options.run))

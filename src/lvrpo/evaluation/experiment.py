@@ -34,9 +34,11 @@ from lvrpo.evaluation.suite import (
     Benchmark,
     Evaluation,
     EvaluationOptions,
+    default_sampling,
     evaluate,
     find_benchmarks,
     prompt_benchmarks,
+    sampled_as,
 )
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
@@ -240,7 +242,7 @@ class Experiment:
             folder = trainer.run.path / "baseline"
             sizes = (plan.benchmarks, plan.sizes)
             self.baseline = Baseline(plan.baseline, folder, *sizes, self.sampling, plan.sampled_prompts)
-        self._report_prompts: list[Prompt] = []
+        self._report_prompts: list[tuple[Benchmark, Prompt]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -267,7 +269,12 @@ class Experiment:
         middle = max(1, self.trainer.config.steps // 2)
         if row["step"] == middle and self._report_prompts:
             policy = evaluation_policy(self.trainer.state.policies, "ema")
-            groups = sample_prompts(policy, self._report_prompts, self.sampling, 0)
+            alike: dict[Sampling, list[Prompt]] = {}
+            for benchmark, prompt in self._report_prompts:
+                own = benchmark.own_sampling
+                sampling = benchmark.sampling(default_sampling(policy, prompt.task)) if own else self.sampling
+                alike.setdefault(sampling, []).append(prompt)
+            groups = [g for sampling, prompts in alike.items() for g in sample_prompts(policy, prompts, sampling, 0)]
             name = f"step_{middle:06d}"
             samples = write_samples(self.run, name, groups, self._successes(groups))
             self.run.write_json(f"eval/{name}.json", {"prompts": list(map(asdict, samples))})
@@ -326,11 +333,11 @@ class Experiment:
         on_main(lambda: write_evaluation(run, phase, evaluation))
         return evaluation
 
-    def _find_report_prompts(self) -> list[Prompt]:
-        """The prompts of the samples in eval/before.json."""
+    def _find_report_prompts(self) -> list[tuple[Benchmark, Prompt]]:
+        """The prompts of the samples in eval/before.json, each with its benchmark."""
         sizes = self.plan.sizes
         known = {
-            prompt.id: prompt
+            prompt.id: (benchmark, prompt)
             for benchmark in self.benchmarks
             if benchmark.name not in REPEATED_PROMPTS
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
@@ -349,7 +356,7 @@ def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluati
 
 
 def _planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
-    """The benchmarks of a plan; the user's rows are scored by the run's rewards."""
+    """The benchmarks of a plan; the user's rows are sampled as in validation and scored by the run's rewards."""
     config, parts = trainer.config, trainer.parts
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
     files = any(name.endswith(".jsonl") for name in names)
@@ -357,7 +364,7 @@ def _planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     found = find_benchmarks(names, parts.scorer, side, config.data.jsonl.root)
     if TEST_ROWS in plan.benchmarks:
         found += prompt_benchmarks("test", parts.test_prompts(), parts.scorer)
-    return found
+    return sampled_as(found, config.rollout.held_out_sampling())
 
 
 def _summarize(

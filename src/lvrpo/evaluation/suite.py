@@ -212,6 +212,7 @@ def prompt_benchmarks(
 ) -> list[Benchmark]:
     """One benchmark of all prompts where each has a verifiable answer; else one per task, as rewards differ in units.
 
+    They are sampled with the model's own defaults unless ``sampled_as`` says otherwise.
     Raises InputError for a prompt that nothing scores.
     """
     kinds: dict[tuple[TaskKind, Metric], list[Prompt]] = {}
@@ -225,14 +226,20 @@ def prompt_benchmarks(
             )
         kinds.setdefault((prompt.task, metric), []).append(prompt)
     if all(metric == "success" for _, metric in kinds):
-        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), tunable=True, own_rule=True, check=check)]
+        whole = Benchmark(name, lambda n: prompts[:n], len(prompts), tunable=True, own_rule=True, check=check)
+        return [replace(whole, own_sampling=True)]
     doubled = len({task for task, _ in kinds}) < len(kinds)
     found = []
     for (task, metric), rows in kinds.items():
         title = name if len(kinds) == 1 else f"{name}/{task}{f'/{metric}' if doubled else ''}"
         own = Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), tunable=True, own_rule=True, check=check)
-        found.append(replace(own, metric=metric))
+        found.append(replace(own, metric=metric, own_sampling=True))
     return found
+
+
+def sampled_as(benchmarks: Sequence[Benchmark], sampling: Sampling) -> list[Benchmark]:
+    """The benchmarks with these settings for rows of the user in place of the model's own defaults."""
+    return [replace(b, changes=vars(sampling)) if b.tunable else b for b in benchmarks]
 
 
 def evaluate(

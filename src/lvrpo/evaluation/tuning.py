@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from lvrpo.errors import InputError
 from lvrpo.evaluation.scoring import score_prompts
-from lvrpo.evaluation.suite import SAMPLING, Benchmark
+from lvrpo.evaluation.suite import SAMPLING, Benchmark, default_sampling
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
@@ -100,16 +100,22 @@ def tune(
     """Selects per task the value with the highest mean success on validation prompts; the first of ties.
 
     Image tasks tune the guidance scale (``GUIDANCE_SCALES``), text tasks the temperature (``TEMPERATURES``). ``n``:
-    prompts per task (default: the number of test prompts). Benchmarks with ``fixed_sampling`` are left out. Raises
+    prompts per task (default: the number of test prompts); ``sampling``: the rest, except for benchmarks with
+    ``own_sampling``. Benchmarks with ``fixed_sampling`` are left out. Raises
     InputError where no benchmark has validation prompts.
     """
     prompts: dict[TaskKind, list[Prompt]] = {}
+    base: dict[TaskKind, Sampling] = {}
     for benchmark in benchmarks:
         if benchmark.validation is None or benchmark.fixed_sampling:
             continue
         benchmark.check(policy)
         for prompt in benchmark.validation(n or benchmark.n):
-            prompts.setdefault(prompt.task, []).append(prompt)
+            task = prompt.task
+            prompts.setdefault(task, []).append(prompt)
+            if task not in base:
+                own = benchmark.own_sampling
+                base[task] = benchmark.sampling(default_sampling(policy, task)) if own else sampling
     if not prompts:
         names = ", ".join(benchmark.name for benchmark in benchmarks)
         raise InputError(f"{names}: no validation prompts to choose on: name another benchmark, or a file of rows")
@@ -120,7 +126,7 @@ def tune(
         name = "guidance_scale" if draws else "temperature"
         found: dict[float, float] = {}
         for value in GUIDANCE_SCALES if draws else TEMPERATURES:
-            candidate = replace(sampling, **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
+            candidate = replace(base[task], **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
             samples = 1 if draws or value == 0 else TEXT_SAMPLES
             found[value] = score_prompts(policy, rows, candidate, seed, samples).mean
             progress(task, name, value, found[value])

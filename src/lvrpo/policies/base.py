@@ -181,7 +181,8 @@ class RolloutPolicy(Protocol):
     ) -> list[list[SegmentLogprobs]]:
         """Differentiable replay, one entry per segment of a trajectory; equals behavior_logprobs before an update.
 
-        What comes after the last segment of one of ``kinds`` is not replayed and has no entry.
+        What comes after the last segment of one of ``kinds`` is not replayed and has no entry. Before it, log-probs of
+        other kinds may be nan.
         """
         ...
 

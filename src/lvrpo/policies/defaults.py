@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -325,20 +326,19 @@ class TokenPolicy(PolicyDefaults):
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """See ``Policy.logprobs``; segments of equal settings are replayed together."""
-        found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        lengths = [len(segments_through(t, kinds)) for t in trajectories]
-        for k in range(max(lengths, default=0)):
+        """See ``Policy.logprobs``; segments of equal settings are replayed together, those of other kinds are nan."""
+        found = [[_not_replayed(segment) for segment in segments_through(t, kinds)] for t in trajectories]
+        for k in range(max(map(len, found), default=0)):
             equal: dict[Hashable, list[int]] = defaultdict(list)
             for i, t in enumerate(trajectories):
-                if k < lengths[i]:
+                if k < len(found[i]) and t.segments[k].kind in kinds:
                     equal[replay_settings(t.segments[k])].append(i)
             for chosen in equal.values():
                 before = [trajectories[i] for i in chosen]
                 contexts = [self.segment_context(t.prompt, t.segments[:k], t.segments[k].kind) for t in before]
                 scored = self._score(contexts, [t.segments[k] for t in before])
                 for i, row in zip(chosen, scored, strict=True):
-                    found[i].append(row)
+                    found[i][k] = row
         return found
 
     def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
@@ -435,6 +435,10 @@ def with_behavior_logprobs(trajectory: Trajectory, rows: Sequence[SegmentLogprob
     pairs = zip(trajectory.segments, rows, strict=True)
     segments = tuple(replace(segment, behavior_logprobs=row.logprobs.cpu()) for segment, row in pairs)
     return replace(trajectory, segments=segments)
+
+
+def _not_replayed(segment: Segment) -> SegmentLogprobs:
+    return SegmentLogprobs(torch.full_like(segment.behavior_logprobs, math.nan))
 
 
 def replay_settings(segment: Any) -> Hashable:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.sampling import (
     SOLVERS,
@@ -137,8 +138,10 @@ def integrate(
     """Integrates from noise (B, N, C) to data over ``timesteps`` (T + 1,), from 1 to 0.
 
     Steps of ``sampling.window`` are stochastic, with noise ``step_noise`` (B, W, N, C), and recorded, others solve the
-    ODE. Raises InputError for a window that does not fit.
+    ODE. Raises InputError for a window that does not fit, and for guidance with ``guided_logprobs="none"``.
     """
+    if sampling.guided_logprobs == "none" and (sampling.guidance_scale, sampling.image_guidance_scale) != (1, 1):
+        raise InputError("sampling.guided_logprobs=none: a flow is guided in its log-probs: use joint or detach_uncond")
     shape, window = x_t.shape[1:], stochastic_steps(sampling)
     check_window(window, sampling.num_steps, sampling.sampler)
     timesteps = timesteps.to(x_t.device)

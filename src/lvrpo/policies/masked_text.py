@@ -63,7 +63,7 @@ class MaskedTextPolicy(TokenPolicy):
         allowed, waiting, before = self.text_tokens.to(self.device), list(range(B)), range(0)
         for s, (block, left) in enumerate(block_steps(N, sampling.block_length, sampling.tokens_per_step)):
             if block != before:
-                waiting = [b for b in waiting if self._length(tokens[b, : block.start]) == block.start]
+                waiting = [b for b in waiting if not self._has_ended(tokens[b, : block.start])]
                 before = block
             if not waiting:
                 break
@@ -81,6 +81,9 @@ class MaskedTextPolicy(TokenPolicy):
                 steps[b, places[fixed]] = s
         for b in range(B):
             yield self._segment(tokens[b], steps[b], seeds[b], sampling)
+
+    def _has_ended(self, tokens: torch.Tensor) -> bool:
+        return any(token in self.end_ids for token in tokens.tolist())
 
     def _length(self, tokens: torch.Tensor) -> int:
         """Tokens up to the first end token, itself included."""

@@ -208,26 +208,27 @@ def _group_checks(groups: Sequence[Group]) -> list[Check]:
         settings = {
             (
                 *(s.sampler, s.trained_steps, tuple(s.timesteps.tolist()), s.noise_level, s.logprob_reduction),
-                *(s.guidance_scale, s.image_guidance_scale, s.guidance_renorm),
+                *(s.guidance_scale, s.image_guidance_scale, s.guidance_renorm, s.guidance_renorm_min),
+                *(s.guidance_interval, s.guided_logprobs),
             )
             for s in flows
         }
-        texts = [s for t in group.trajectories for s in t.segments if isinstance(s, TextSegment)]
         token_settings = {_token_settings(t.segments) for t in group.trajectories}
-        mismatched += len(settings) > 1 or len({s.temperature for s in texts}) > 1 or len(token_settings) > 1
+        mismatched += len(settings) > 1 or len(token_settings) > 1
     detail = "the members of a group must share window, grid, sampler, guidance, noise level and temperature"
     return [Check("groups whose members differ in settings", mismatched, 0, mismatched == 0, detail)]
 
 
 def _token_settings(segments: Sequence[Segment]) -> tuple[object, ...]:
-    """Settings of the image token segments of a trajectory."""
+    """Settings of the text and image token segments of a trajectory."""
     return tuple(
         (
-            *(s.kind, s.temperature, s.guidance_scale, s.guided_logprobs),
-            *((s.likelihood, len(s.scored)) if isinstance(s, ScoredSegment) else ()),
+            *(s.kind, s.temperature),
+            *(() if isinstance(s, TextSegment) else (s.guidance_scale, s.guided_logprobs)),
+            *((s.likelihood, s.scored.shape[:-1]) if isinstance(s, ScoredSegment) else ()),
         )
         for s in segments
-        if not isinstance(s, TextSegment | FlowSegment)
+        if not isinstance(s, FlowSegment)
     )
 
 

@@ -244,6 +244,12 @@ class RolloutConfig(Config):
         )
         return Sampling(window=window, steps_after_window=after, masked=self.masked_likelihood.scoring, **shared)
 
+    def held_out_sampling(self) -> Sampling:
+        """One output per held-out prompt: greedy text, no noise and no guidance, else the settings of the rollout."""
+        same = ("max_new_tokens", "num_steps", "timestep_shift", "solver", "image_size", "image_temperature")
+        decoding = ("choice_temperature", "block_length", "tokens_per_step")
+        return Sampling(group_size=1, temperature=0.0, **self.model_dump(include={*same, *decoding}))
+
     def data_step(self, step: int) -> int:
         """The step whose prompts are used."""
         return step % self.pool if self.pool else step

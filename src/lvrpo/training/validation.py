@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import relay_errors
-from lvrpo.policies.base import Sampling
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
@@ -72,20 +71,7 @@ class Validator:
         self.prompts: dict[TaskKind, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
         self.uses_judge = any(scorer.metric(p) == "reward" for rows in self.prompts.values() for p in rows)
         self.config = config
-        rollout = config.rollout
-        self.sampling = Sampling(
-            group_size=1,
-            temperature=0.0,
-            max_new_tokens=rollout.max_new_tokens,
-            num_steps=rollout.num_steps,
-            timestep_shift=rollout.timestep_shift,
-            solver=rollout.solver,
-            image_size=rollout.image_size,
-            image_temperature=rollout.image_temperature,
-            choice_temperature=rollout.choice_temperature,
-            block_length=rollout.block_length,
-            tokens_per_step=rollout.tokens_per_step,
-        )
+        self.sampling = config.rollout.held_out_sampling()
 
     def score(self, policies: Policies) -> dict[TaskKind, list[float]]:
         """The score of every held-out prompt under the EMA weights, with fixed seeds; nan if it failed.

@@ -17,10 +17,12 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import MaskedScoring, Sampling, missing_members
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.magvit.checkpoint import AUTOENCODER
+from lvrpo.policies.masked_text import Pass
 from lvrpo.policies.mmada.create import MmadaSizes, create_mmada
 from lvrpo.policies.mmada.policy import MmadaPolicy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.losses.dpo import whole_logprobs
+from lvrpo.training.preflight import _group_checks
 from lvrpo.types import Example, Group, MaskedSegment, MaskedTextSegment, Prompt, Trajectory
 
 BASE = Sampling(
@@ -170,6 +172,11 @@ def test_answers_are_decoded_block_by_block(mmada: MmadaPolicy, prompts: list[Pr
     (merged,) = mmada.sample(
         prompts[:1], replace(BASE, group_size=6, max_new_tokens=7, masked=MaskedScoring(steps_per_pass=3)), [0]
     )
+    (random,) = mmada.sample(
+        prompts[:1], replace(BASE, group_size=6, masked=MaskedScoring("monte_carlo", 2, "uniform")), [0]
+    )
+    mixed = replace(group, trajectories=(*group.trajectories[:3], *random.trajectories[3:]))
+    assert [_group_checks([one])[0].ok for one in (group, random, mixed)] == [True, True, False]
     for one, other in zip(group.trajectories, merged.trajectories, strict=True):
         assert torch.equal(answer(one).decoded, answer(other).decoded)
         reached = answer(one).reveal_steps < 7
@@ -193,6 +200,10 @@ def test_a_text_ends_at_its_end_token(
         assert segment.reveal_steps[4:].tolist() == [12] * 8
         assert segment.behavior_logprobs.shape == segment.tokens.shape
         assert "<|" not in segment.text
+    for segment in map(
+        answer, members(mmada.sample(prompts[:1], replace(BASE, max_new_tokens=12, block_length=1), [0]))
+    ):
+        assert segment.reveal_steps.tolist() == [*range(len(segment.tokens)), *[12] * (12 - len(segment.tokens))]
 
 
 @torch.no_grad()
@@ -205,6 +216,12 @@ def test_a_plan_stands_in_the_row_of_its_drawing(mmada: MmadaPolicy, prompts: li
     other = replace(text, tokens=text.tokens.flip(0), ended=False)
     changed = mmada.logprobs([replace(trajectory, segments=(other, drawing))])[0][1].logprobs
     assert float((changed - drawing.behavior_logprobs).abs().max()) > 1e-3
+    not_asked, asked = mmada.logprobs([trajectory], ["masked"])[0]
+    assert bool(not_asked.logprobs.isnan().all())
+    assert torch.equal(asked.logprobs, drawing.behavior_logprobs)
+    alone = replace(trajectory, segments=(drawing,))
+    plan = len(text.tokens) - text.ended
+    assert mmada.count_tokens(trajectory).image == mmada.count_tokens(alone).image + plan
 
 
 def test_gradients_are_the_same_when_layers_are_computed_again(folder: Path, prompts: list[Prompt]) -> None:
@@ -272,6 +289,9 @@ def test_saved_folders_load_the_same(folder: Path, mmada: MmadaPolicy) -> None:
     state = mmada.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
     low = MmadaPolicy.load(folder, dtype=torch.bfloat16)
+    row = low.context_ids(("red",))
+    next(low.answer_logits([row, row], [Pass(torch.full((4,), -1), torch.arange(4))] * 2))
+    assert not torch.is_autocast_enabled("cpu")
     assert low.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert low.magvit.encoder.conv_in.weight.dtype == torch.float32
 

@@ -61,19 +61,19 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
             rows.append([*context, *(mask if token < 0 else token for token in one.tokens.tolist())])
         for part in self.cut([len(row) for row in rows]):
             for i, states in zip(part, self._states([rows[i] for i in part]), strict=True):
-                with self.autocast():
-                    yield self.model.lm_head(states[len(contexts[i]) + passes[i].places.to(self.device)])
+                with self.autocast():  # not around the yield, which would leave it on in the caller
+                    logits = self.model.lm_head(states[len(contexts[i]) + passes[i].places.to(self.device)])
+                yield logits
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """See ``Policy.count_tokens``; each pass over an answer reads its whole row."""
         context, text = len(self.segment_context(trajectory.prompt, (), "text")), 0
-        for segment in trajectory.segments:
-            if isinstance(segment, TextSegment):
-                passes = self.text_passes(segment)
-                text += sum(context + len(one.tokens) for one in passes)
+        texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
+        for segment in texts:
+            text += sum(context + len(one.tokens) for one in self.text_passes(segment))
         image = 0
         if trajectory.image is not None:
-            image = len(self.segment_context(trajectory.prompt, (), "masked")) + self.image_tokens + 2
+            image = len(self.segment_context(trajectory.prompt, texts, "masked")) + self.image_tokens + 2
         return TokenCounts(0, text, image)
 
     # --- weights ---
