@@ -140,6 +140,10 @@ def test_train_evaluates_and_reports(small_base: Path, capfd: Output) -> None:
     assert Path("run/report.html").exists()
     assert main(["report", "run"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "run/report.html"
+    Path("run/summary.json").write_text("")
+    Path("run/audit.json").unlink()
+    assert main(["report", "run"]) == 2
+    assert not Path("run/audit.json").exists()
 
 
 def test_pretrain_makes_a_model(small_base: Path, capfd: Output) -> None:
@@ -158,6 +162,10 @@ def test_check_changes_nothing(small_base: Path, capfd: Output) -> None:
     assert "ok      replay, text, own batch" in printed
     assert "estimate, from one small step" in printed
     assert list(Path().iterdir()) == []
+    assert main(["check", "bagel_lvrpo_lora", "policy=MISSING"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: model 'MISSING': no such folder")
 
 
 def test_evaluate_writes_scores_that_scripts_can_read(small_base: Path, capfd: Output) -> None:

@@ -312,6 +312,12 @@ def test_windows_that_cannot_be_recorded_are_refused(
         policy.sample(prompts[3:4], replace(BASE, sampler="flow_sde", window=window), [0])
 
 
+def test_unguided_log_probs_of_a_guided_flow_are_refused(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    with pytest.raises(InputError, match=r"guided_logprobs=none: .* use joint or detach_uncond"):
+        policy.sample(prompts[3:4], replace(BASE, guidance_scale=2.0, guided_logprobs="none"), [0])
+    policy.sample(prompts[3:4], replace(BASE, guidance_scale=1.0, guided_logprobs="none"), [0])  # has no effect
+
+
 def test_nothing_to_replay(policy: TinyPolicy, prompts: list[Prompt]) -> None:
     assert policy.logprobs([]) == []
     assert policy.sample([], BASE, []) == []

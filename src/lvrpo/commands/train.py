@@ -220,7 +220,7 @@ def check(options: Options) -> None:
     from lvrpo.commands.inputs import read_config
     from lvrpo.commands.progress import clock
     from lvrpo.config import dump_config
-    from lvrpo.policies.loading import pick_device
+    from lvrpo.policies.loading import pick_device, policy_folder
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.dry_run import dry_run
     from lvrpo.training.memory import NotEstimatedError, require_memory
@@ -232,6 +232,7 @@ def check(options: Options) -> None:
     if options.card is not None:
         _check_gpu_memory(config, options.card)
         return
+    policy_folder(config.policy)  # a missing one is refused before anything is printed
     print(dump_config(config), end="")
     parts = open_parts(config)  # what it refuses need not wait for the estimate
     memory = None
