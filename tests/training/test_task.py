@@ -27,7 +27,8 @@ from lvrpo.training.data_parallel import group_successes
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.sources import PromptList, open_parts, success_metric, task_scorer
-from lvrpo.types import Group, RewardTable
+from lvrpo.training.validation import ValidationReport, Validator
+from lvrpo.types import Group, RewardTable, TaskKind
 
 TASK = """
 import lvrpo
@@ -127,13 +128,17 @@ def test_a_rule_is_asked_first_and_a_failed_one_is_no_wrong_output() -> None:
         return None if text == "?" else text == "red"
 
     groups = [said("red", "blue"), said("?"), said("blue", "blue")]
-    scores = scorer(is_red).scores(groups)
+    scores, reasons = scorer(is_red).scores(groups)
+    assert reasons == {1: "success 'rule': the function gave no score"}
     assert [scores[0], scores[2]] == [[1.0], [0.0]]
     assert math.isnan(scores[1][0])
     table = RewardTable(
         (), torch.zeros(0), torch.zeros(3, 1, 0), torch.zeros(3, 1, 0, dtype=torch.bool), {}, ("understand",) * 3
     )
-    assert reward_means("reward", table, group_successes(groups, scorer(is_red))) == {"reward/understand/success": 0.5}
+    assert reward_means("reward", table, group_successes(groups, scorer(is_red))) == {
+        "reward/understand/success": 0.5,
+        "reward_failed/understand/success": pytest.approx(1 / 3),
+    }
 
 
 def test_prompts_without_such_an_output_are_judged_by_their_answers() -> None:
@@ -141,29 +146,39 @@ def test_prompts_without_such_an_output_are_judged_by_their_answers() -> None:
         return bool(image.mean() > 0.5)
 
     told, open_ended = said("red", "red"), said("red")
-    assert scorer(is_bright).scores([told]) == [[1.0]]
+    assert scorer(is_bright).scores([told]) == ([[1.0]], {})
     assert scorer(is_bright).metric(open_ended.prompt) is None
 
 
 def test_a_list_of_prompts_has_a_rule_too() -> None:
     task = PromptList([said("red").prompt], lambda text: text == "red")
     found = HeldOutScorer((), success_metric(TrainConfig(), task))
-    assert found.scores([said("red"), said("blue", "blue")]) == [[1.0], [0.0]]
+    assert found.scores([said("red"), said("blue", "blue")]) == ([[1.0], [0.0]], {})
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(0.4, "success 'rule' is 0.4: must be true or false, 1 or 0"), (None, "scored none of 2 outputs: the function")],
-)
-def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: str) -> None:
-    def rule(text: str) -> float | None:
-        return value
+def test_a_rule_that_grades_stops() -> None:
+    with pytest.raises(ContractError, match=r"success 'rule' is 0.4: must be true or false, 1 or 0"):
+        scorer(lambda text: 0.4).scores([said("a"), said("b")])
 
-    groups = [said("a"), said("b")]
+
+def test_a_rule_that_fails_on_most_of_all_outputs_stops_validation() -> None:
+    def rule(text: str) -> bool | None:
+        return True if text == "a" else None
+
+    groups = [said("b"), said("a"), said("c"), said("d")]
+    _, reasons = scorer(rule).scores(groups[:1])  # a part may fail as a whole
+    assert list(reasons) == [0]
+    prompts: dict[TaskKind, list[Prompt]] = {"understand": [group.prompt for group in groups]}
+    policies: Any = None  # no reward, no judge
+    validator = Validator(prompts, TrainConfig(), scorer(rule))
+    words = (
+        r"validation of understand: 3 of 4 outputs, more than half, have no score; .* \(3\): success 'rule': the func"
+    )
     with pytest.raises(ContractError, match=words):
-        scorer(rule).scores(groups)
-    if value is None:  # curves go on without it
-        assert all(math.isnan(row[0]) for row in scorer(rule).successes(groups).values())
+        validator._scores({"understand": groups}, policies)
+    validator = Validator({"understand": prompts["understand"][:2]}, TrainConfig(), scorer(rule))
+    scores = validator._scores({"understand": groups[:2]}, policies)
+    assert ValidationReport({}, "kept", (), scores).row() == {"validation_failed/understand": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from lvrpo.errors import ContractError
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.self_vqa import Confidences, SelfVQA
@@ -28,11 +30,19 @@ class ScoredGroups:
     groups: tuple[Group, ...]
     """The sampled outputs."""
     by_sample: tuple[tuple[float, ...], ...] = ()
-    """The score of every sample: 1 or 0 where the answer is verifiable."""
+    """The score of every sample: 1 or 0 where the answer is verifiable, nan where scoring failed."""
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    """Why a score is missing, by prompt."""
 
     @property
     def mean(self) -> float:
-        return sum(self.scores) / len(self.scores)
+        """Of the prompts with a score; raises ContractError where there is none."""
+        known = [score for score in self.scores if math.isfinite(score)]
+        if not known:
+            raise ContractError(
+                f"no output could be scored: {next(iter(self.reasons.values()), 'no score')}: correct it"
+            )
+        return sum(known) / len(known)
 
     def by_category(self) -> Mapping[str, list[float]]:
         """Scores per category, in order of first appearance."""
@@ -66,8 +76,9 @@ def score_prompts(
 ) -> ScoredGroups:
     """``sample_prompts``, each output scored; ``judge``: of the scorer's rewards."""
     groups = sample_prompts(policy, prompts, sampling, seed, samples)
-    rows = [tuple(row) for row in scorer.scores(groups, judge)]
-    return ScoredGroups(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))
+    values, reasons = scorer.scores(groups, judge)
+    rows = tuple(tuple(row) for row in values)
+    return ScoredGroups(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), rows, reasons)
 
 
 CONFIRMED = 0.5

@@ -380,12 +380,12 @@ def _scored_items(
 ) -> list[Item]:
     """Samples and scores ``count`` outputs of each prompt."""
     judge, reward = options.judge or policy, benchmark.reward
-    reasons: dict[int, str] = {}
+    reasons: Mapping[int, str]
     if reward is None:
         result = score_prompts(
             policy, prompts, sampling, seed, count, options.scorer_of(benchmark), options.reward_judge
         )
-        groups, rows = result.groups, result.by_sample
+        groups, rows, reasons = result.groups, result.by_sample, result.reasons
     else:
         groups = tuple(sample_prompts(policy, prompts, sampling, seed, count))
         scores = reward.score(groups, judge)

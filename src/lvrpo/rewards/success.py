@@ -85,35 +85,41 @@ class HeldOutScorer:
             return "success"
         return "reward" if self._trained(prompt) else None
 
-    def scores(self, groups: Sequence[Group], judge: Judge | None = None) -> list[list[float]]:
-        """Per group and member its score, nan where a reward failed; ``judge``: a frozen policy, for the rewards.
+    def scores(self, groups: Sequence[Group], judge: Judge | None = None) -> tuple[list[list[float]], dict[int, str]]:
+        """Per group and member its score, nan where a rule or a reward failed, and by group why one failed.
 
-        Raises ContractError, with the reason, where every score failed.
+        ``judge``: a frozen policy, for the rewards. How many may fail is for the caller to say, who has all outputs.
 
         A reward counts with its configured weight, w_k: sum_k w_k r_k / sum_k w_k over those that score the prompt.
         """
-        found = self.successes(groups, required=True)
+        found, reasons = self._successes(groups)
         rest = [p for p in range(len(groups)) if p not in found]
         if rest:
-            found |= dict(zip(rest, self._rewarded([groups[p] for p in rest], judge), strict=True))
-        return [found[p] for p in range(len(groups))]
+            values, failed = self._rewarded([groups[p] for p in rest], judge)
+            found |= dict(zip(rest, values, strict=True))
+            reasons |= {rest[p]: why for p, why in failed.items()}
+        return [found[p] for p in range(len(groups))], reasons
 
-    def successes(self, groups: Sequence[Group], required: bool = False) -> dict[int, list[float]]:
+    def successes(self, groups: Sequence[Group]) -> dict[int, list[float]]:
         """1.0 or 0.0 of every member by group, for the groups whose success is defined; nan where it failed.
 
-        Raises ContractError for another value and, if ``required``, where the task's own metric failed on all of them.
+        Raises ContractError for another value.
         """
+        return self._successes(groups)[0]
+
+    def _successes(self, groups: Sequence[Group]) -> tuple[dict[int, list[float]], dict[int, str]]:
         own = [p for p, group in enumerate(groups) if self._is_own(group.prompt)]
         right = [p for p, group in enumerate(groups) if p not in own and has_success(group.prompt)]
         found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
-        return found | dict(zip(own, self._own([groups[p] for p in own], required), strict=True))
+        values, reasons = self._own([groups[p] for p in own])
+        return found | dict(zip(own, values, strict=True)), {own[p]: why for p, why in reasons.items()}
 
     def _is_own(self, prompt: Prompt) -> bool:
         return self.success is not None and self.success.scores(prompt)
 
-    def _own(self, groups: Sequence[Group], required: bool) -> list[list[float]]:
+    def _own(self, groups: Sequence[Group]) -> tuple[list[list[float]], dict[int, str]]:
         if self.success is None or not groups:
-            return []
+            return [], {}
         no_judge: Any = None  # a rule calls none
         values, failures, _ = checked_scores(self.success, groups, no_judge)
         for cell in failures:
@@ -122,26 +128,21 @@ class HeldOutScorer:
         graded = next((value for value in known if value not in (0, 1)), None)
         if graded is not None:
             raise ContractError(f"{named} is {graded:g}: must be true or false, 1 or 0: a graded score is a reward")
-        if required and not known:
-            why = next(iter(failures.values()))
-            raise ContractError(f"{named}: scored none of {values.numel()} outputs: {why}: correct it")
-        return values.tolist()
+        return values.tolist(), {p: f"{named}: {why}" for (p, _), why in failures.items()}
 
     def _trained(self, prompt: Prompt) -> list[RewardSource]:
         return [r for r in self.rewards if r.config.weight and not r.relative and r.scores(prompt)]
 
-    def _rewarded(self, groups: Sequence[Group], judge: Judge | None) -> list[list[float]]:
+    def _rewarded(self, groups: Sequence[Group], judge: Judge | None) -> tuple[list[list[float]], dict[int, str]]:
         sources = [r for r in self.rewards if r.config.weight and not r.relative]
         if judge is None or not all(self._trained(group.prompt) for group in groups):
             raise ContractError("a held-out prompt without an answer: nothing scores its outputs")
         table = score_groups(sources, groups, judge)
         applies = torch.tensor([[r.scores(group.prompt) for r in sources] for group in groups])[:, None]
         weights = torch.tensor([r.config.weight for r in sources]) * applies
-        failed = next((why for why in table.reasons.values() if why != NOT_APPLICABLE), "")
-        if not table.mask.any():
-            raise ContractError(f"no reward could score the {len(groups)} held-out outputs: {failed}")
+        reasons = {p: why.removeprefix("failed: ") for (p, _, _), why in table.reasons.items() if why != NOT_APPLICABLE}
         scores = (table.scores * weights).sum(dim=-1) / weights.sum(dim=-1)
-        return torch.where((table.mask | ~applies).all(dim=-1), scores, math.nan).tolist()
+        return torch.where((table.mask | ~applies).all(dim=-1), scores, math.nan).tolist(), reasons
 
 
 SUCCESS_ONLY = HeldOutScorer()

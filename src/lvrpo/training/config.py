@@ -192,8 +192,9 @@ class TrainConfig(Config):
 
     @property
     def max_failed(self) -> dict[str, float]:
-        """Per reward, the maximum share of failed scores over a run."""
-        return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
+        """Per reward, and of success, the maximum share of failed scores over a run."""
+        own = {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
+        return {SUCCESS: self.health.max_failed, **own}
 
     def sections(self, segment_kinds: Sequence[SegmentKind]) -> dict[SegmentKind, TokenLoss | FlowLoss]:
         """The loss sections of a policy's kinds of segments, in the order of updates."""

@@ -24,6 +24,8 @@ def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequen
         success = torch.tensor([successes[p] for p in rows if p in successes])
         if (known := success[success.isfinite()]).numel():
             out[f"{prefix}/{task}/success"] = float(known.mean())
+        if len(known) < success.numel():
+            out[f"{prefix}_failed/{task}/success"] = 1 - len(known) / success.numel()
         for k, name in enumerate(table.names):
             valid = table.mask[rows, :, k]
             if valid.any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import relay_errors
+from lvrpo.errors import ContractError
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
+from lvrpo.rewards.table import MOST_FAILED
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
@@ -58,7 +62,9 @@ class ValidationReport:
     def row(self) -> dict[str, float]:
         """The row for the metrics."""
         means = {f"validation/{task}": mean for task, mean in self.means.items()}
-        return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
+        missing = {task: float(np.mean(~np.isfinite(row))) for task, row in self.scores.items()}
+        failed = {f"validation_failed/{task}": share for task, share in missing.items() if share}
+        return means | failed | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 
 
 class Validator:
@@ -85,12 +91,31 @@ class Validator:
         with policies.use("reference") if self.uses_judge else nullcontext() as judge:
             for task, groups in outputs.items():
                 local = local_rows(groups)
-                rows: list[list[float]] = []
+                mine: dict[int, tuple[float, str]] = {}
                 with relay_errors():
                     if local:
-                        rows = self.scorer.scores([groups[p] for p in local], judge)
-                found[task] = [row[0] for row in merge_ranks(dict(zip(local, rows, strict=True))).values()]
+                        rows, reasons = self.scorer.scores([groups[p] for p in local], judge)
+                        mine = {p: (rows[i][0], reasons.get(i, "")) for i, p in enumerate(local)}
+                scored = list(merge_ranks(mine).values())
+                self._require_scores(task, scored)
+                found[task] = [score for score, _ in scored]
         return found
+
+    def _require_scores(self, task: TaskKind, scored: Sequence[tuple[float, str]]) -> None:
+        """Raises ContractError where a rule of success failed on too many outputs of all ranks, or nothing has a score.
+
+        A mean of the few that are left would choose the weights.
+        """
+        prompts = self.prompts[task]
+        of_rule = [one for one, prompt in zip(scored, prompts, strict=True) if self.scorer.metric(prompt) == "success"]
+        for limit, words, each in ((MOST_FAILED, "more than half", of_rule), (1, "all", scored)):
+            failed = Counter(why for score, why in each if not math.isfinite(score))
+            if failed.total() > limit * len(each) or 0 < failed.total() == len(each):
+                why, times = failed.most_common(1)[0]
+                raise ContractError(
+                    f"validation of {task}: {failed.total()} of {len(each)} outputs, {words}, have no score; "
+                    f"most often ({times}): {why}: correct what scores them"
+                )
 
     def _sample(self, policies: Policies) -> dict[TaskKind, list[Group]]:
         """One output for every held-out prompt; every rank samples its share."""
