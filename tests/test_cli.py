@@ -150,6 +150,8 @@ def test_pretrain_makes_a_model(small_base: Path, capfd: Output) -> None:
     sizes = ["batch={generate: 4, question: 8}", "corpus={scenes: 20, edits: 5, reasons: 6}", "device=cpu"]
     assert main(["pretrain", "continued", f"init={small_base}", *sizes, "steps=2", "--out", "run"]) == 0
     assert main(["evaluate", "run", "--benchmark", "reason", "--n", "3"]) == 0
+    Path("rows.jsonl").write_text('{"task": "reason", "prompt": "what is 1 + 2 ?", "answer": "3"}\n')
+    assert main(["evaluate", "run", "--benchmark", "rows.jsonl"]) == 0
     assert main(["pretrain", "--resume", "run"]) == 2
     assert "has finished" in capfd.readouterr().err
 

@@ -307,12 +307,13 @@ def sampled_as_run(options: Options, benchmarks: list[Benchmark]) -> list[Benchm
 
 
 def run_config(run: Path) -> TrainConfig | None:
-    """The configuration of a run of ``lvrpo train``; None where the folder is none."""
+    """The configuration of a run of ``lvrpo train``; None for other folders, and for a run of ``lvrpo pretrain``."""
+    from lvrpo.config import read_yaml
     from lvrpo.policies.loading import START
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run_directory import CONFIG, RunDirectory
 
-    is_run = (run / START).is_dir() and (run / CONFIG).is_file()
+    is_run = (run / START).is_dir() and (run / CONFIG).is_file() and "init" not in read_yaml(run / CONFIG)
     return RunDirectory.read(run).config(TrainConfig) if is_run else None
 
 
