@@ -81,7 +81,8 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
         with LiveBytes([*module.state_dict(keep_vars=True).values(), *gradients]) as live:
             with torch.no_grad():
                 frozen = {name: objective.reference_outputs(name, policy, batch) for name in objective.frozen_policies}
-            objective.loss(policy, replace(batch, frozen=frozen)).loss.backward()
+            output = objective.loss(policy, replace(batch, frozen=frozen))
+            output.loss.backward()
         found[f"replay of {'drawings' if objective.output == 'image' else 'text'}"] = live.peak
     return found
 

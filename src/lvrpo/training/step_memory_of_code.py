@@ -114,7 +114,8 @@ class CodeMemory(StepMemory):
             with torch.no_grad():
                 frozen = {n: objective.reference_outputs(n, policy, batch) for n in objective.frozen_policies}
             kept = tensor_bytes(frozen.values())
-            objective.loss(policy, replace(batch, frozen=frozen)).loss.backward()
+            output = objective.loss(policy, replace(batch, frozen=frozen))
+            output.loss.backward()  # while the metrics, which keep their own parts of the graph, are alive
 
         before = self.peaks.pop(name, 0)
         self._measure(name, run, gradient=True)
