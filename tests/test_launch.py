@@ -110,7 +110,7 @@ def test_the_desk_keeps_attempts_apart() -> None:
         (
             LaunchResult(-9, "", ValueError("of Ray")),
             ContractError,
-            "a process ended with code -9: no restart is left: go on",
+            "a process ended with code -9: no restart is left: continue with",
         ),
         (LaunchResult(1, "error: z", ValueError("of Ray")), ContractError, "z: no restart is left"),
         (LaunchResult(None, "", ValueError("no\n room")), ContractError, "no room: no restart is left"),

@@ -323,7 +323,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"path": jsonl("a.jsonl", {}), "train": "train"},
         r"path=a\.jsonl: is a file: leave path out and write train: a\.jsonl",
     ),
-    "a Hub that is not reached": (lambda: {"path": "no/where", "train": "train"}, r"no/where .* check the id"),
+    "a Hub that is not reached": (lambda: {"path": "no/where", "train": "train"}, r"no/where .* or the Hub id"),
     "a picture outside": (bad_outside, r"rows/a\.parquet: row 1: picture '.*secret\.png' lies outside"),
     "a name without a path": (lambda: {"train": "a.jsonl", "name": "x"}, "name and revision are of a data set"),
 }
@@ -400,7 +400,7 @@ def test_check_of_a_folder_and_of_sources_that_it_does_not_know(capfd: pytest.Ca
         (["pictures", "preset=labels", "--out", "a.png"], "exists already"),
         (["quickstart", "--out", "b.png"], "lvrpo data preview shows it"),
         (["pictures", "preset=lables", "--out", "b.png"], "did you mean labels?"),
-        (["nothing", "--out", "b.png"], "check the id"),
+        (["nothing", "--out", "b.png"], "or the Hub id"),
     ):
         assert main(["data", "check", *arguments]) == 2
         assert message in capfd.readouterr().err

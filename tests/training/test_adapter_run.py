@@ -106,7 +106,7 @@ def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.Cap
     assert main(["train", "--resume", "run", "--no-evaluate"]) == 2
     assert "its base is not there: name it (--base FOLDER)" in capsys.readouterr().err
     assert main(["train", "quickstart", "--base", "there", "--out", "new"]) == 2
-    assert "--base there: is of a run that is resumed" in capsys.readouterr().err
+    assert "--base there: is for a resumed run" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--base", "there", "--no-evaluate"]) == 0
     states = [stored(Path(run) / "checkpoints/step_000004", "policy") for run in ("straight", "run")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

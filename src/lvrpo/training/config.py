@@ -474,7 +474,7 @@ class TrainConfig(Config):
         if rollout.guided_logprobs != "joint" and not isinstance(flow, RecordedStepsConfig):
             raise ValueError(
                 f"rollout.guided_logprobs={rollout.guided_logprobs}: has no effect with flow.kind={flow.kind}, which "
-                "trains no recorded steps: leave it out, or set flow.kind=flow_grpo"
+                "trains no recorded steps: set rollout.guided_logprobs=joint, or flow.kind=flow_grpo"
             )
         self._check_guided_logprobs()
         plain = rollout.image_guidance_scale == 1 and rollout.guidance_renorm == "none"

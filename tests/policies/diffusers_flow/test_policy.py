@@ -330,7 +330,7 @@ def test_what_it_cannot_be_asked_is_one_line(prompt: Prompt, words: str, policy:
     [
         ({"image_size": (33, 32)}, r"image_size=\[33, 32\]: must be multiples of 8: use \[32, 32\]"),
         ({"image_size": (32, 256)}, "this model draws sides of up to 128"),
-        ({"image_guidance_scale": 2.0}, "image_guidance_scale=2.0: this model draws from text alone: leave it out"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale=2.0: this model draws from text alone: use 1.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(
@@ -350,5 +350,5 @@ def test_guidance_that_is_an_input_has_one_branch(policies: Callable[[str], Diff
     schnell.config = SimpleNamespace(guidance_embeds=False)
     unguided = DiffusersPolicy(policy.transformer, schnell)
     assert unguided.default_sampling("generate").guidance_scale == 1
-    with pytest.raises(InputError, match="this model has no guidance: leave it out"):
+    with pytest.raises(InputError, match="this model has no guidance: use 1.0"):
         unguided.check_sampling(replace(ODE, guidance_scale=2.0))

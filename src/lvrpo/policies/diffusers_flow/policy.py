@@ -132,7 +132,7 @@ class DiffusersPolicy(AdaptablePolicy):
         for name in unused:
             if (value := getattr(sampling, name)) != getattr(default, name):  # fields of Sampling
                 reason = "draws from text alone" if name == "image_guidance_scale" else f"has {GUIDANCE[kind]}"
-                raise InputError(f"{name}={value}: this model {reason}: leave it out")
+                raise InputError(f"{name}={value}: this model {reason}: use {getattr(default, name)}")
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """Every pass of an image includes the tokens of its prompt."""
