@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
 
@@ -114,7 +113,7 @@ def parts_as_on(device: str) -> Iterator[None]:
 def _scores(
     logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs have the bits of one normalization of all rows."""
+    """In parts of the rows, with the bits of one normalization of all."""
     if temperature < 0:
         raise InputError(f"temperature={temperature}: use 0 (greedy) or a positive number")
     V = logits.shape[-1]
@@ -124,33 +123,73 @@ def _scores(
     )
     if forbidden is not None and forbidden.ndim > 1:
         forbidden = forbidden.expand(logits.shape).reshape(-1, V)
-    count = max(1, PART_BYTES.get(logits.device.type, OTHER_PART_BYTES) // (4 * V))
-    found = []
-    for i, part in enumerate(flat.split(count)):
-        rows = slice(i * count, (i + 1) * count)
-        own = forbidden[rows] if forbidden is not None and forbidden.ndim > 1 else forbidden
-        given = part, chosen[rows], temperature, own, with_entropy
-        if torch.is_grad_enabled() and len(flat) > count:
-            found.append(checkpoint(_score_part, *given, use_reentrant=False, preserve_rng_state=False))
-        else:
-            found.append(_score_part(*given))
-    logprobs = torch.cat([part for part, _ in found]).view(tokens.shape)
-    return logprobs, torch.cat([part for _, part in found]).view(tokens.shape) if with_entropy else None
+    logprobs, entropy = _Scores.apply(flat, chosen, temperature, forbidden, with_entropy)
+    return logprobs.view(tokens.shape), entropy.view(tokens.shape) if with_entropy else None
 
 
-def _score_part(
-    logits: Tensor, tokens: Tensor, temperature: float, forbidden: Tensor | None, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
+class _Scores(torch.autograd.Function):
+    """Log-probs and entropies in parts of the rows, normalized again in the backward pass.
+
+    With the bits of autograd's own gradient of the log-probs. An entropy that nobody differentiates has no part in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, forbidden: Tensor | None, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Any: torch's context. ``logits`` (N, V), ``tokens`` (N, 1), ``forbidden`` (V,) or (N, V)."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, tokens, forbidden)
+        ctx.temperature = temperature
+        logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+        entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        for rows in _parts(logits):
+            distribution = _distribution(logits[rows], temperature, _rows_of(forbidden, rows))
+            logprobs[rows] = distribution.gather(-1, tokens[rows])[:, 0]
+            if with_entropy:
+                entropy[rows] = _entropy(distribution)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        """Any: torch's context."""
+        to_logprobs, to_entropy = grad_outputs
+        logits, tokens, forbidden = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _parts(logits):
+            distribution = _distribution(logits[rows], ctx.temperature, _rows_of(forbidden, rows))
+            grad = torch.zeros_like(distribution)
+            if to_logprobs is not None:
+                grad.scatter_(-1, tokens[rows], to_logprobs[rows, None])
+            if to_entropy is not None:
+                slope = distribution.clamp(min=_LEAST) + (distribution >= _LEAST)
+                grad -= to_entropy[rows, None] * distribution.exp() * slope
+            grad = torch.ops.aten._log_softmax_backward_data(grad, distribution, -1, torch.float32)
+            gradient[rows] = grad if ctx.temperature in (0, 1) else grad / ctx.temperature
+        return gradient, None, None, None, None
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    count = max(1, PART_BYTES.get(logits.device.type, OTHER_PART_BYTES) // (4 * logits.shape[-1]))
+    return [slice(start, start + count) for start in range(0, len(logits), count)]
+
+
+def _rows_of(forbidden: Tensor | None, rows: slice) -> Tensor | None:
+    return forbidden[rows] if forbidden is not None and forbidden.ndim > 1 else forbidden
+
+
+def _distribution(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
     scaled = _scaled(logits, temperature, None)
     # one sum, where filling under a mask would be a copy and a slow pass
-    distribution = torch.log_softmax(scaled if forbidden is None else scaled + forbidden, dim=-1)
-    logprobs = distribution.gather(-1, tokens)[:, 0]
-    return logprobs, _entropy(distribution) if with_entropy else logprobs.new_empty(0)
+    return torch.log_softmax(scaled if forbidden is None else scaled + forbidden, dim=-1)
+
+
+_LEAST = -1e4
+"""Where p is 0 in float32: 0 log 0 = 0, also in the gradient."""
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    finite = logprobs.clamp(min=-1e4)  # where p is 0 in float32: 0 log 0 = 0, also in the gradient
-    return -(logprobs.exp() * finite).sum(dim=-1)
+    return -(logprobs.exp() * logprobs.clamp(min=_LEAST)).sum(dim=-1)
 
 
 def _scaled(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
