@@ -104,6 +104,9 @@ def train(
         )
     if prompts is not None:
         tree |= _listed_data(resolved, prompts, validation or (), overrides)
+    if success is not None:
+        named = getattr(success, "__name__", type(success).__name__)
+        tree["data"]["success"] = {"name": f"{IN_PYTHON}:{named}"}
     if tree:
         resolved = parse_section(TrainConfig, {**resolved.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else unused_folder(Path("runs") / resolved.name)

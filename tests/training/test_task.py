@@ -197,6 +197,11 @@ def test_a_rule_that_fails_on_most_of_all_outputs_stops_validation() -> None:
         ),
         ("data.success={name: self_vqa}", "data.success.name=self_vqa: asks a model for its verdict"),
         ("data.success={name: './red.py:is_short', options: {n: 1}}", r"data.success.options \(n\)"),
+        (
+            "rewards=[{name: task, where: {ray: {}}}]",
+            "rewards.task.where: a task scores in this process: leave where out",
+        ),
+        ("data.success={name: 'python:rule'}", "data.success.name=python:rule: was handed over in Python, and only"),
         ("data.success={name: own_vqa}", "data.success.name=own_vqa: is called self_vqa now"),
         (
             "data.success={name: ocr, options: {api_key: hidden}}",
@@ -245,6 +250,23 @@ def test_the_rule_scores_the_runs_own_prompts_alone() -> None:
         scores(other, ItemStore(Path("kept")))
 
 
+def test_a_runs_success_is_asked_where_it_counts() -> None:
+    write_run()
+    with pytest.raises(InputError, match="allow"):
+        task_scorer(load_config(TrainConfig, Path("own.yaml"), allow_code=False))
+    allow_code(["*"])
+    plain = ["rewards=[{name: task}]", "validation.rewards=[{name: task, label: held}]", "data.options={count: 3}"]
+    parts = open_parts(load_config(TrainConfig, Path("own.yaml"), plain))
+    assert [source.config.title for source in parts.validator.scorer.rewards] == ["held"]
+    unused = [
+        "data.source='./red.py:Needy'",
+        "data.success={name: './red.py:is_red'}",
+        "rewards=[{name: './red.py:is_short'}]",
+    ]
+    config = load_config(TrainConfig, Path("own.yaml"), [*unused, "validation.overoptimization=null"])
+    assert task_scorer(config).rule.endswith("red.py:is_red {}")  # the class, which wants other options, is not made
+
+
 def test_a_list_of_prompts_keeps_the_rule_of_its_configuration() -> None:
     write_run()
     allow_code(["*", "discrete_policy"])
@@ -260,3 +282,10 @@ def test_a_list_of_prompts_keeps_the_rule_of_its_configuration() -> None:
     kept = RunDirectory.read(done.run).config(TrainConfig).data.success
     assert kept is not None
     assert kept.name.endswith("red.py:is_red")
+    config, given = load_config(TrainConfig, Path("own.yaml"), plain), [lambda image: float(image.mean())]
+    done = lvrpo.train(
+        config, prompts=rows, validation=rows, rewards=given, success=lambda image: True, out="d", progress=False
+    )
+    recorded = RunDirectory.read(done.run).config(TrainConfig)
+    with pytest.raises(InputError, match=r"data.success.name=python:<lambda>: was handed over in Python, and only its"):
+        success_metric(recorded, None)

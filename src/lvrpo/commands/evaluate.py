@@ -332,6 +332,8 @@ def tune(options: Options) -> None:
     for name in ("json", "tuned", "judge", "samples", "rewards", "out", "against"):
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
+    if held_out_scorer(options)[0].rule:
+        raise InputError("--tune: counts right answers and facts, and MODEL has its own success: leave --tune out")
     found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)
     found = suite.at_guidance(sampled_as_run(options, found), (), options.num_steps)
     benchmarks = [tuning.as_validation(benchmark) for benchmark in found]

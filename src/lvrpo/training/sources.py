@@ -103,7 +103,9 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     if test is None and config.data.source == "datasets" and not custom.sources:
         test = validation  # as the command line says
     own_rewards = config.validation.rewards
-    own_scorer = replace(scorer, rewards=tuple(build_rewards(own_rewards))) if own_rewards else scorer
+    own_scorer = scorer
+    if own_rewards:
+        own_scorer = replace(scorer, rewards=tuple(task_rewards(config, source, section="validation.rewards")))
     validator = Validator(validation_prompts(config, validation, own_scorer), config, own_scorer)
     if tasks is not None:
         require_outputs(config, tasks, source, validator)
@@ -190,24 +192,38 @@ def scoring_rewards(config: TrainConfig, source: Task, custom: CustomParts = NO_
     return rewards
 
 
-def task_rewards(config: TrainConfig, task: Task | None, custom: CustomParts = NO_CUSTOM_PARTS) -> list[RewardSource]:
-    """The rows of ``rewards``, and the task's own reward where one is called ``TASK_REWARD``."""
-    given = dict(custom.rewards)
-    for row in config.rewards:
+def task_rewards(
+    config: TrainConfig,
+    task: Task | None,
+    custom: CustomParts = NO_CUSTOM_PARTS,
+    section: Literal["rewards", "validation.rewards"] = "rewards",
+) -> list[RewardSource]:
+    """The rewards of a section, and the task's own reward where one is called ``TASK_REWARD``."""
+    given = dict(custom.rewards) if section == "rewards" else {}
+    rows = config.rewards if section == "rewards" else config.validation.rewards
+    for row in rows:
         if row.name == TASK_REWARD:
+            if row.where is not None:
+                raise InputError(f"{section}.{row.title}.where: a task scores in this process: leave where out")
             if task is None or task.reward is None:
                 raise InputError(
-                    f"rewards.{row.title}: data.source={config.data.source} has no reward of its own: name another "
+                    f"{section}.{row.title}: data.source={config.data.source} has no reward of its own: name another "
                     "reward, or a task that has one"
                 )
             given[row.title] = _function_reward(task.reward, row)
-    return build_rewards(config.rewards, given)
+    return build_rewards(rows, given)
 
 
 def success_metric(config: TrainConfig, task: Task | None) -> RewardSource | None:
     """The metric of success of ``data.success``, else of the task; None: the prompts' answers and facts."""
     named = config.data.success
-    if named is not None:
+    if named is not None and named.name.startswith(f"{IN_PYTHON}:"):
+        if config.data.source != IN_PYTHON or task is None or task.success is None:
+            raise InputError(
+                f"data.success.name={named.name}: was handed over in Python, and only its name is on record: name "
+                "a file, ./my_rules.py:NAME, or call lvrpo.train again"
+            )
+    elif named is not None:
         row = RewardConfig(name=named.name, options=named.options)
         found = RewardSource(row, make_reward(row, "data.success"))
         if found.sides:
@@ -232,8 +248,8 @@ def task_scorer(config: TrainConfig) -> HeldOutScorer:
     """How a run scores held-out outputs, for an evaluation apart from the run."""
     task = None
     if config.data.source not in (*DATASETS, IN_PYTHON):
-        own = task_class(config.data.source)
-        if own.success is not None or own.reward is not None:
+        rewarded = any(row.name == TASK_REWARD for row in config.rewards)
+        if rewarded or (config.data.success is None and task_class(config.data.source).success is not None):
             task = open_source(config, "train", config.seed)
     return HeldOutScorer(tuple(task_rewards(config, task)), success_metric(config, task))
 
