@@ -350,5 +350,5 @@ def test_guidance_that_is_an_input_has_one_branch(policies: Callable[[str], Diff
     schnell.config = SimpleNamespace(guidance_embeds=False)
     unguided = DiffusersPolicy(policy.transformer, schnell)
     assert unguided.default_sampling("generate").guidance_scale == 1
-    with pytest.raises(InputError, match="this model has no guidance: use 1.0"):
+    with pytest.raises(InputError, match=r"this model has no guidance: use 1\.0"):
         unguided.check_sampling(replace(ODE, guidance_scale=2.0))
