@@ -49,7 +49,7 @@ def test_failed_scores_are_counted_over_the_whole_run() -> None:
 def test_a_reward_says_for_itself_how_much_may_fail() -> None:
     tree = [{"name": "exact_answer"}, {"name": "scene_facts", "label": "facts", "max_failed": 0.7}]
     config = TrainConfig.model_validate({"rewards": tree, "health": {"max_failed": 0.2}})
-    assert config.max_failed == {"exact_answer": 0.2, "facts": 0.7}
+    assert config.max_failed == {"success": 0.2, "exact_answer": 0.2, "facts": 0.7}
 
 
 @pytest.mark.parametrize("action", ["rolled back to step 3: edit fell", "stopped: edit fell", "warned: edit fell"])

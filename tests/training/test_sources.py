@@ -65,12 +65,15 @@ def test_verified_success_else_the_weighted_mean_of_the_trained_rewards() -> Non
     scorer = HeldOutScorer((source(letters, 3.0), source(two, 1.0), watched))
     told, open_ended = group("red", "red"), group("green")
     assert (scorer.metric(told.prompt), scorer.metric(open_ended.prompt)) == ("success", "reward")
-    assert scorer.scores([open_ended, told], judge=object()) == [[(3 * 5 + 2) / 4], [1.0]]  # type: ignore[arg-type]
+    found = scorer.scores([open_ended, told], judge=object())  # type: ignore[arg-type]
+    assert found == ([[(3 * 5 + 2) / 4], [1.0]], {})
 
 
 def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
     scorer = HeldOutScorer((source(letters), source(fails)))  # one of two
-    assert math.isnan(scorer.scores([group("red")], judge=object())[0][0])  # type: ignore[arg-type]
+    ((score,),), reasons = scorer.scores([group("red")], judge=object())  # type: ignore[arg-type]
+    assert math.isnan(score)
+    assert list(reasons) == [0]
     relative = RewardSource(RewardConfig(name="agreement"), Agreement())
     assert HeldOutScorer((relative,)).metric(group("red").prompt) is None
 
