@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lvrpo.errors import InputError
 from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs, token_scores
 from lvrpo.sampling import tokens as sampling_tokens
+from lvrpo.training.live_bytes import LiveBytes
 
 LOGITS = torch.tensor([0.1, 0.2, 0.7]).log()
 ALMOST_ONE = 1 - 2**-24
@@ -98,6 +99,48 @@ def test_scores_in_parts_are_those_of_one_pass(
     assert torch.equal(found[0][0], found[1][0])  # the replay law: no bit of a log-prob depends on the batch
     assert torch.equal(found[0][0], found[0][3])
     assert found[0][2].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("differentiated", ["log-probs", "entropy", "both"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_autograd(differentiated: str, temperature: float, dtype: torch.dtype) -> None:
+    """Its own bits for log-probs alone; the entropy of tokens that are not allowed, or never, has a gradient of 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(5, 12, generator=generator), torch.randn(2, 5, generator=generator)
+    logits[0, 3] = 1e6  # all others have probability 0
+    tokens, allowed = torch.arange(5)[:, None], torch.arange(12) < 9
+    weights[0] *= differentiated != "entropy"
+    weights[1] *= differentiated != "log-probs"
+    found = []
+    for by_autograd in (True, False):
+        x = logits.to(dtype, copy=True).requires_grad_()
+        if by_autograd:
+            scaled = x.float() if temperature == 1 else x.float() / temperature
+            distribution = scaled.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+            logprobs = distribution.gather(-1, tokens)[:, 0]
+            entropy = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
+        else:
+            logprobs, entropy = token_scores(x, tokens[:, 0], temperature, allowed)
+        terms = {"log-probs": weights[0] * logprobs, "entropy": weights[1] * entropy}
+        sum(term.sum() for name, term in terms.items() if differentiated in (name, "both")).backward()  # type: ignore[union-attr]
+        assert x.grad is not None
+        found.append(x.grad)
+    if differentiated == "log-probs":
+        assert torch.equal(*found)
+    rounding = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(*found, rtol=rounding, atol=rounding / 10)
+    assert found[1][1:, :9].abs().min() > 0
+    assert not found[1][:, 9:].any()
+
+
+def test_an_entropy_that_is_not_differentiated_needs_no_memory() -> None:
+    x = torch.randn(512, 4096, requires_grad=True)
+    with LiveBytes([x]) as live:
+        logprobs, _entropy = token_scores(x, torch.zeros(512, dtype=torch.int64))
+        logprobs.sum().backward()
+    parts = 4 * sampling_tokens.PART_BYTES["cpu"]
+    assert x.nbytes < live.peak < x.nbytes + parts  # the gradient, and a part's distribution
 
 
 def test_no_scores_of_no_tokens() -> None:

@@ -162,8 +162,7 @@ class _Scores(torch.autograd.Function):
             if to_logprobs is not None:
                 grad.scatter_(-1, tokens[rows], to_logprobs[rows, None])
             if to_entropy is not None:
-                slope = distribution.clamp(min=_LEAST) + (distribution >= _LEAST)
-                grad -= to_entropy[rows, None] * distribution.exp() * slope
+                grad -= to_entropy[rows, None] * distribution.exp() * (distribution.clamp(min=_LEAST) + 1)
             grad = torch.ops.aten._log_softmax_backward_data(grad, distribution, -1, torch.float32)
             gradient[rows] = grad if ctx.temperature in (0, 1) else grad / ctx.temperature
         return gradient, None, None, None, None
