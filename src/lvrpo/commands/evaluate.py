@@ -1,8 +1,7 @@
-"""``lvrpo evaluate``, ``lvrpo report``, ``lvrpo compare`` and ``lvrpo information``."""
+"""``lvrpo evaluate``."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,6 @@ from lvrpo.commands.options import (
     add_timeout,
     names,
     num_steps,
-    port,
     positive,
     refuse_existing,
     whole,
@@ -366,75 +364,6 @@ def information(policy: Policy, seed: int, console: Console) -> dict[str, dict[s
     return {direction: {**each.bound.as_dict(), "ceiling": each.ceiling} for direction, each in found.items()}
 
 
-def report_options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-
-
-def report(options: Options) -> None:
-    from lvrpo.evaluation.reward_audit import write_audit
-    from lvrpo.report import build_report
-    from lvrpo.report.run import load_run
-    from lvrpo.training.rollout_log import has_records
-
-    load_run(options.run)  # raises before the audit is written
-    if has_records(options.run):
-        write_audit(options.run)
-    print(build_report(options.run))
-
-
-def watch_options(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN", type=Path, help="a run directory, or a folder of several")
-    parser.add_argument(
-        "--port", type=port, default=8008, metavar="N", help="port on 127.0.0.1 (default: 8008; 0: any free port)"
-    )
-    parser.add_argument(
-        "--every", type=positive, default=15, metavar="S", help="refresh interval in seconds (default: 15)"
-    )
-
-
-def watch(options: Options) -> None:
-    from lvrpo.report.watch import serve
-
-    if not options.folder.is_dir():
-        raise InputError(f"{options.folder}: no such folder: give a run, or the folder that holds some")
-    with serve(options.folder, options.port, options.every) as server:
-        print(f"http://{server.server_address[0]}:{server.server_port}  (Ctrl-C ends it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
-
-
-def compare_options(parser: Parser) -> None:
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument(
-        "--over-seeds", action="store_true", help="treat the runs as seeds of one recipe: one row per task"
-    )
-
-
-def compare(options: Options) -> None:
-    from lvrpo.commands.tables import text_table, wide_console
-    from lvrpo.report import compare_runs
-    from lvrpo.report.tables import seeds_table
-
-    if options.over_seeds:
-        table = seeds_table(options.runs)
-        if options.markdown:
-            print(table.markdown(), end="")
-        else:
-            wide_console().print(text_table(table))
-        return
-    comparison = compare_runs(options.runs)
-    if not comparison.tasks:
-        raise InputError(
-            f"{options.runs[0]}: no run has results: wait until one has finished, or train with held-out rows "
-            "(data.jsonl.test)"
-        )
-    if options.markdown:
-        print(comparison.markdown(), end="")
-    else:
-        wide_console().print(comparison.table())
-
-
 EVALUATE = Command(
     "measure a model: scores with 95 % intervals, pass@k, best of n, balanced accuracy",
     evaluate_options,
@@ -444,94 +373,4 @@ EVALUATE = Command(
     "  lvrpo evaluate runs/quickstart --against tiny --out results           # before and after\n"
     "  lvrpo evaluate tiny --tune best.json && lvrpo evaluate tiny --tuned best.json\n"
     "  lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa               # see lvrpo benchmarks",
-)
-
-
-REPORT = Command("write the HTML report of a run", report_options, report, "examples:\n  lvrpo report runs/quickstart")
-WATCH = Command(
-    "show the report in the browser while a run goes on, or an overview of several runs",
-    watch_options,
-    watch,
-    "examples:\n  lvrpo watch runs\n\nFor runs on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",
-)
-COMPARE = Command(
-    "compare runs in one table",
-    compare_options,
-    compare,
-    "examples:\n  lvrpo compare runs/quickstart runs/own\n  lvrpo compare runs/seed0 runs/seed1 --over-seeds",
-)
-
-
-def information_options(parser: Parser) -> None:
-    add_model(parser)
-    parser.add_argument(
-        "--pairs", type=positive, default=1024, metavar="N", help="held-out image-caption pairs (default: 1024)"
-    )
-    parser.add_argument(
-        "--negatives",
-        type=positive,
-        default=128,
-        metavar="N",
-        help="negatives per pair; the bound is at most log N nats (default: 128)",
-    )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    add_force(parser)
-
-
-def print_information(options: Options) -> None:
-    """Prints the bounds of a model, or of a run's start and result with the difference."""
-    import torch
-
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
-    from lvrpo.policies.loading import START, load_policy
-    from lvrpo.training.run_directory import json_text
-
-    if options.json is not None:
-        refuse_existing([options.json], options.force)
-    torch.set_num_threads(1)
-    start = Path(options.model) / START
-    models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
-    loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
-    directions: dict[Direction, str] = {
-        "see_and_plan": "reading expert over a picture, drawing expert about to draw from its caption",
-        "name_and_form": "reading expert over a caption, drawing expert over the noisy picture",
-    }
-    console = wide_console()
-    out: dict[str, dict[str, object]] = {}
-    for direction, words in directions.items():
-        found: dict[str, Information] = {}
-        console.print(f"{words}:", highlight=False, soft_wrap=True)
-        for when, policy in loaded.items():
-            found[when] = measure_information(policy, direction, options.pairs, options.negatives, options.seed)
-            bound, ceiling = found[when].bound, found[when].ceiling
-            console.print(
-                f"  {when}: at least {bound.score:.3f} [{bound.low:.3f}, {bound.high:.3f}] nats; no more than log "
-                f"{options.negatives} = {ceiling:.3f} can be shown",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-        rows: dict[str, object] = {
-            when: {**info.bound.as_dict(), "ceiling": info.ceiling} for when, info in found.items()
-        }
-        if "before" in found:
-            gain = found["before"].gain(found["after"])
-            rows["difference"] = gain.as_dict()
-            console.print(
-                f"  difference: {gain.score:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", markup=False, highlight=False
-            )
-        out[direction] = rows
-    if options.json is not None:
-        content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
-        write_file(options.json, json_text({**content, "information": out}).encode(), options.force)
-
-
-INFORMATION = Command(
-    "estimate the mutual information of the understanding and generation experts (InfoNCE)",
-    information_options,
-    print_information,
-    "examples:\n  lvrpo information runs/quickstart --json information.json",
 )
