@@ -224,7 +224,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise ContractError(f"{repo}: the Hub answered {code}: {first_line(error)}") from None
     except errors.HFValidationError as error:
         raise InputError(f"{repo}: {first_line(error)}") from None
-    except Exception as error:
+    except Exception as error:  # errors of the HTTP client, which huggingface_hub chooses, have no other base
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
             raise
         raise ContractError(f"{repo}: the Hub cannot be reached: {first_line(error)}: try again") from None

@@ -101,7 +101,7 @@ def open_table(
             return _streamed(arguments, name, taken, files), files, kind, taken
         try:
             table = library.load_dataset(**arguments, split=name)
-        except Exception:
+        except Exception:  # of readers of many formats, which do not name the file
             _require_readable(library, kind, files)
             raise
     rows = list(range(len(table)))

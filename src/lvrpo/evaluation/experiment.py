@@ -121,7 +121,7 @@ def _run_process(
     try:
         error_file.unlink(missing_ok=True)
         _train_and_evaluate(config, folder, benchmarks, sizes, sampling, sampled_prompts)
-    except BaseException as error:
+    except BaseException as error:  # exits too: the parent process reads the reason from the file
         line = " ".join(str(error).split()) or type(error).__name__
         error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
         sys.exit(1)

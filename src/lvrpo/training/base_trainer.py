@@ -122,7 +122,7 @@ class BaseTrainer(ABC, Generic[C, S]):
             yield
         except LostProcessError:
             raise
-        except Exception as error:
+        except Exception as error:  # the state is whole, whatever failed beside it
             with suppress(Exception):  # the first error is the one to raise
                 self.wait_for_checkpoint()
                 if step and not run.checkpoint_dir(step).is_dir():
@@ -224,7 +224,7 @@ class PendingCheckpoint:
         try:
             with relay_errors():
                 yield
-        except BaseException:
+        except BaseException:  # interrupts too: no half-written folder stays
             if is_main():
                 self._writer.__exit__(*sys.exc_info())
             raise

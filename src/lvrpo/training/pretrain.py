@@ -415,7 +415,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
             origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
             return cls(config, run, state, held_out_prompts(config))
-        except BaseException as error:
+        except BaseException as error:  # interrupts too: the lock is released
             run.close_on_exit(error)
             raise
 
@@ -435,7 +435,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
             trainer.restore()
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed})
             return trainer
-        except BaseException:
+        except BaseException:  # interrupts too: the lock is released
             run.close()
             raise
 

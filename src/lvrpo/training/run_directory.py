@@ -104,7 +104,7 @@ class RunDirectory:
             self._recover()
             if not (self.path / CONFIG).exists():
                 self.write_text(CONFIG, dump_config(config))
-        except BaseException as error:
+        except BaseException as error:  # interrupts too: the lock is released
             self.close_on_exit(error)
             raise
 

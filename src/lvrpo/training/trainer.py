@@ -115,7 +115,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             data = {**data_fingerprints(config, parts), "splits": splits}
             run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
             return cls(config, run, TrainState.start(policy, config), parts)
-        except BaseException as error:
+        except BaseException as error:  # interrupts too: the lock is released
             run.close_on_exit(error)
             raise
 
@@ -147,7 +147,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             trainer.restore()
             rollout_log.truncate(run, trainer.state.step or -1)
             run.write_manifest(config, {"run": config.seed}, data)
-        except BaseException:
+        except BaseException:  # interrupts too: the lock is released
             run.close()
             raise
         return trainer
