@@ -285,8 +285,8 @@ def test_weights_and_their_errors() -> None:
     }
     source = ScenePrompts(ScenesConfig(weights=weights))
     assert source.tasks == ("understand", "generate", "edit")
-    assert Counter(source.cycles["generate"])["counting"] == 3
-    assert "digits" not in source.cycles["generate"]
+    assert Counter(source.category_cycles["generate"])["counting"] == 3
+    assert "digits" not in source.category_cycles["generate"]
     with pytest.raises(ValidationError, match="no category"):
         ScenesConfig(weights={"counting": 1})
     with pytest.raises(ValidationError, match="multiple of 8"):

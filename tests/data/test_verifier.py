@@ -75,7 +75,7 @@ def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def targets(source: ScenePrompts, task: TaskKind, category: str, n: int) -> tuple[list[tuple[Fact, ...]], torch.Tensor]:
-    cycle = source.cycles[task]
+    cycle = source.category_cycles[task]
     rows = [source.example(task, cycle.index(category) + k * len(cycle)) for k in range(n)]
     images = [o for row in rows for o in row.outputs if isinstance(o, torch.Tensor)]
     return [row.prompt.facts for row in rows], torch.stack(images)
@@ -88,7 +88,7 @@ DRAWN = [(t, c) for t in ("generate", "edit") for c in CATEGORIES[t]] + [("reaso
 def test_right_pictures_pass_and_wrong_captions_fail(task: TaskKind, category: str) -> None:
     source = ScenePrompts(ScenesConfig(), "test")
     facts, images = targets(source, task, category, PICTURES)
-    cycle = source.cycles[task]
+    cycle = source.category_cycles[task]
     built = [source._build(task, cycle.index(category) + k * len(cycle))[1][-1] for k in range(PICTURES)]
     scenes = [s for s in built if isinstance(s, Scene)]
     readings = read(images)

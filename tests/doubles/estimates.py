@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from lvrpo.training.step_memory_mot import MoTMemory
+from lvrpo.training.step_memory_mot import MoTStepMemory
 
-MEASURE = MoTMemory._measure
+MEASURE = MoTStepMemory._measure
 
 
 def measure_only(patch: pytest.MonkeyPatch, *phases: str) -> None:
     """Leaves out the other phases of a step; persistent memory needs none of them."""
 
-    def measure(self: MoTMemory, transient: dict[str, int], name: str, *args: Any, **options: Any) -> None:
+    def measure(self: MoTStepMemory, transient: dict[str, int], name: str, *args: Any, **options: Any) -> None:
         if name in phases:
             MEASURE(self, transient, name, *args, **options)
 
-    patch.setattr(MoTMemory, "_measure", measure)
+    patch.setattr(MoTStepMemory, "_measure", measure)

@@ -18,7 +18,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
-from lvrpo.training.live_bytes import LiveBytes, LiveBytesOfCode, fake_weights
+from lvrpo.training.live_bytes import FakeWeightLiveBytes, LiveBytes, fake_weights
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import GroupAdvantages, Microbatch
 from lvrpo.training.memory import MemoryEstimate
@@ -146,7 +146,7 @@ def test_code_that_looks_at_values_runs_on_fake_weights() -> None:
     layer.register_buffer("table", torch.empty(5, dtype=torch.int64, device="meta"))
     fake_weights([layer])
     rows, kept = torch.ones(3, 8), torch.tensor([True, False, True])
-    with LiveBytesOfCode([*layer.parameters(), *layer.buffers()]) as live:
+    with FakeWeightLiveBytes([*layer.parameters(), *layer.buffers()]) as live:
         y = layer(rows)  # 48 bytes
         chosen = y.argmax(dim=1)  # 24
         assert (live.now, chosen.tolist()) == (72, [0, 0, 0])

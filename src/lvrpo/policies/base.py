@@ -309,7 +309,7 @@ class SupervisedPolicy(Policy, Protocol):
 
 
 @runtime_checkable
-class DescribedPolicy(Protocol):
+class EstimablePolicy(Protocol):
     """A policy whose memory is estimated before its weights are loaded (``training.memory_estimate``)."""
 
     max_tokens: int

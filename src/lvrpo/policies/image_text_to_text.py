@@ -445,7 +445,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``DescribedPolicy.from_config``."""
+        """See ``EstimablePolicy.from_config``."""
         return cls._read_folder(Path(folder), device, dtype, empty_model)
 
     @classmethod

@@ -27,7 +27,7 @@ from lvrpo.sampling import (
 from lvrpo.types import MaskedTextSegment, Segment, SegmentLogprobs, TextSegment
 
 
-class Pass(NamedTuple):
+class MaskedPass(NamedTuple):
     """One pass over an answer."""
 
     tokens: torch.Tensor
@@ -49,7 +49,7 @@ class MaskedTextPolicy(TokenPolicy):
     """The tokens that end a text."""
 
     @abstractmethod
-    def answer_logits(self, contexts: Sequence[Sequence[int]], passes: Sequence[Pass]) -> Iterator[torch.Tensor]:
+    def answer_logits(self, contexts: Sequence[Sequence[int]], passes: Sequence[MaskedPass]) -> Iterator[torch.Tensor]:
         """Yields logits (n, V) of the tokens at the places of each pass over an answer that follows its context."""
 
     def next_logits(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ class MaskedTextPolicy(TokenPolicy):
             u = uniform_noise([derive_seed(seeds[b], "write", s) for b in waiting], (len(block),)).to(self.device)
             own = slice(block.start, block.stop)
             seen = masked_input(tokens[waiting], steps[waiting], s, -1)
-            passes = [Pass(row, own.start + (row[own] < 0).nonzero()[:, 0]) for row in seen]
+            passes = [MaskedPass(row, own.start + (row[own] < 0).nonzero()[:, 0]) for row in seen]
             found = self.answer_logits([contexts[b] for b in waiting], passes)
             for k, (b, logits) in enumerate(zip(waiting, found, strict=True)):
                 places = passes[k].places
@@ -111,7 +111,7 @@ class MaskedTextPolicy(TokenPolicy):
 
     # --- replay ---
 
-    def text_passes(self, segment: TextSegment) -> list[Pass]:
+    def text_passes(self, segment: TextSegment) -> list[MaskedPass]:
         """The passes in which the tokens of a text are scored."""
         length = len(segment.tokens)
         if not isinstance(segment, MaskedTextSegment):
@@ -123,7 +123,7 @@ class MaskedTextPolicy(TokenPolicy):
         for scored in segment.scored:
             tokens = whole.clone()
             tokens[:length] = torch.where(scored, -1, segment.tokens)
-            passes.append(Pass(tokens, scored.nonzero()[:, 0]))
+            passes.append(MaskedPass(tokens, scored.nonzero()[:, 0]))
         return passes
 
     def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
@@ -137,7 +137,9 @@ class MaskedTextPolicy(TokenPolicy):
         for segment, own in zip(segments, passes, strict=True):
             yield self._scored(segment, own, logits)
 
-    def _scored(self, segment: TextSegment, passes: Sequence[Pass], logits: Iterator[torch.Tensor]) -> SegmentLogprobs:
+    def _scored(
+        self, segment: TextSegment, passes: Sequence[MaskedPass], logits: Iterator[torch.Tensor]
+    ) -> SegmentLogprobs:
         draws = isinstance(segment, MaskedTextSegment) and segment.likelihood == "monte_carlo"
         length = len(segment.tokens)
         size = (len(passes) if draws else 1) * length
@@ -155,10 +157,10 @@ class MaskedTextPolicy(TokenPolicy):
         return SegmentLogprobs(logprobs, entropy)
 
 
-def _path(decoded: torch.Tensor, steps: torch.Tensor, length: int) -> list[Pass]:
+def _path(decoded: torch.Tensor, steps: torch.Tensor, length: int) -> list[MaskedPass]:
     """The passes that score the first ``length`` places, each at its step."""
     own, passes = steps[:length], []
     for step in own.unique().tolist():
         (tokens,) = masked_input(decoded[None], steps[None], step, -1)
-        passes.append(Pass(tokens, (own == step).nonzero()[:, 0]))
+        passes.append(MaskedPass(tokens, (own == step).nonzero()[:, 0]))
     return passes

@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
             self.now -= size
 
 
-class LiveBytesOfCode(LiveBytes):
+class FakeWeightLiveBytes(LiveBytes):
     """``LiveBytes`` of code that looks at values, with fake weights and no ``FakeTensorMode`` around it.
 
     Operations of real tensors alone (prompts, tokens, times) are computed. Those of fake tensors are not: their floats

@@ -21,8 +21,8 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import MemoryEstimate, NotEstimatedError
 from lvrpo.training.policies import policy_module, weights_dtype
 from lvrpo.training.step_memory import tensor_bytes
-from lvrpo.training.step_memory_mot import MoTMemory
-from lvrpo.training.step_memory_of_code import CodeMemory
+from lvrpo.training.step_memory_mot import MoTStepMemory
+from lvrpo.training.step_memory_traced import TracedStepMemory
 from lvrpo.types import Prompt
 
 
@@ -39,7 +39,7 @@ def estimate_memory(
     CPU implementation is measured, also for a GPU, whose attention may be batched differently. ``device`` overrides
     that of the configuration; it need not exist. ``check``: called with the policy without weights, to refuse rows that
     it cannot read.
-    Raises InputError for an adapter, NotEstimatedError for a class without ``DescribedPolicy.from_config`` and for a
+    Raises InputError for an adapter, NotEstimatedError for a class without ``EstimablePolicy.from_config`` and for a
     model that cannot run without values.
     """
     folder = policy_folder(config.policy)
@@ -84,13 +84,13 @@ def estimate_policy(
     forget_packings()
     try:
         if isinstance(module, MoTPolicy):
-            return MoTMemory(module, config, whole, kind).estimate(prompts, validation)
-        return _estimate_code(module, config, whole, prompts, validation, kind)
+            return MoTStepMemory(module, config, whole, kind).estimate(prompts, validation)
+        return _estimate_traced(module, config, whole, prompts, validation, kind)
     finally:
         forget_packings()
 
 
-def _estimate_code(
+def _estimate_traced(
     module: nn.Module,
     config: TrainConfig,
     whole: int,
@@ -99,7 +99,7 @@ def _estimate_code(
     device: str,
 ) -> MemoryEstimate:
     try:
-        return CodeMemory(module, config, whole, device).estimate(prompts, validation)
+        return TracedStepMemory(module, config, whole, device).estimate(prompts, validation)
     except InputError:
         raise
     except Exception as error:  # any model of another package may need the values of tensors

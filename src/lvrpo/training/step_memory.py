@@ -91,7 +91,7 @@ class StepMemory(ABC):
         )
         persistent = {
             "weights": weights,
-            "frozen and averaged weights": self.copies(old),
+            "frozen and averaged weights": self.weight_copy_bytes(old),
             "the judge's own weights": 0 if self.divided else gradients * self._judge_copies(),
             "moments": 0 if self.divided else self._moments(),
             "this process's share": 0 if config.offload else sharded // world_size(),
@@ -106,7 +106,7 @@ class StepMemory(ABC):
         host_only = host + 2 * steps if on_gpu and config.offload else 0
         return MemoryEstimate(persistent, 0 if self.in_rounds else gradients, transient, host_only)
 
-    def copies(self, old: bool) -> int:
+    def weight_copy_bytes(self, old: bool) -> int:
         """Bytes of average, old policy and reference, which sharded runs count among their share."""
         return 0 if self.divided else (1 + old + (self.config.adapter is None)) * tensor_bytes(self.trained)
 

@@ -31,7 +31,7 @@ from lvrpo.training.step_memory import NAMES, StepMemory, name_of
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 
-class MoTMemory(StepMemory):
+class MoTStepMemory(StepMemory):
     """For BAGEL and the tiny policy; the CPU implementation is measured, also for a GPU."""
 
     def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int, device: str) -> None:
@@ -66,7 +66,7 @@ class MoTMemory(StepMemory):
         config = self.config
         transient: dict[str, int] = {}
         if isinstance(self.policy, TinyPolicy) and self.device == "cpu":  # the file is read whole beside the policy
-            copies = self.copies(uses_old_policy(config, self.policy.segment_kinds))
+            copies = self.weight_copy_bytes(uses_old_policy(config, self.policy.segment_kinds))
             transient["load"] = max(0, self.whole - copies)
         for name, sampled, size in (("rollout", prompts, config.rollout.group_size), ("validation", validation, 1)):
             for members in self._sampled_at_once(sampled, size):

@@ -17,7 +17,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import MaskedScoring, Sampling, missing_members
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.magvit.checkpoint import AUTOENCODER
-from lvrpo.policies.masked_text import Pass
+from lvrpo.policies.masked_text import MaskedPass
 from lvrpo.policies.mmada.create import MmadaSizes, create_mmada
 from lvrpo.policies.mmada.policy import MmadaPolicy
 from lvrpo.sampling import monte_carlo_logprob
@@ -290,7 +290,7 @@ def test_saved_folders_load_the_same(folder: Path, mmada: MmadaPolicy) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
     low = MmadaPolicy.load(folder, dtype=torch.bfloat16)
     row = low.context_ids(("red",))
-    next(low.answer_logits([row, row], [Pass(torch.full((4,), -1), torch.arange(4))] * 2))
+    next(low.answer_logits([row, row], [MaskedPass(torch.full((4,), -1), torch.arange(4))] * 2))
     assert not torch.is_autocast_enabled("cpu")
     assert low.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert low.magvit.encoder.conv_in.weight.dtype == torch.float32

@@ -17,13 +17,13 @@ def preview(split: Split = "test", seed: int = 0, scale: int = 4, config: Scenes
         (task, category, _examples(source, task, category, PER_BLOCK))
         for task in source.tasks
         for category in CATEGORIES[task]
-        if category in source.cycles[task]
+        if category in source.category_cycles[task]
     ]
     return contact_sheet(f"The built-in world: {source.name}", blocks, source.config.size * scale)
 
 
 def _examples(source: ScenePrompts, task: TaskKind, category: str, count: int) -> list[Example]:
-    cycle = source.cycles[task]
+    cycle = source.category_cycles[task]
     first, step = cycle.index(category), len(cycle)
     each = source.config.questions_per_picture if task == "understand" else 1
     return [source.example(task, first + step * each * k) for k in range(count)]

@@ -110,10 +110,10 @@ class ScenePrompts(ComparableTask):
     @property
     def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks that have at least one category."""
-        return tuple(self.cycles)
+        return tuple(self.category_cycles)
 
     @cached_property
-    def cycles(self) -> Mapping[TaskKind, tuple[str, ...]]:
+    def category_cycles(self) -> Mapping[TaskKind, tuple[str, ...]]:
         """Per task, the cycle of categories that indices follow."""
         cycles: dict[TaskKind, tuple[str, ...]] = {}
         for task, names in CATEGORIES.items():
@@ -127,7 +127,7 @@ class ScenePrompts(ComparableTask):
 
     def category(self, task: TaskKind, index: int) -> str:
         """The category of an index (KeyError for a task without categories)."""
-        cycle = self.cycles[task]
+        cycle = self.category_cycles[task]
         return cycle[index % len(cycle)]
 
     def prompt(self, task: TaskKind, index: int) -> Prompt:
@@ -215,7 +215,7 @@ class ScenePrompts(ComparableTask):
 
     def _number(self, task: TaskKind, index: int) -> int:
         """The number of prompts of the same category before an index."""
-        cycle = self.cycles[task]
+        cycle = self.category_cycles[task]
         turns, place = divmod(index, len(cycle))
         category = cycle[place]
         return turns * cycle.count(category) + cycle[:place].count(category)

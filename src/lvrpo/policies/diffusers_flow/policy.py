@@ -301,7 +301,7 @@ class DiffusersPolicy(AdaptablePolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``DescribedPolicy.from_config``."""
+        """See ``EstimablePolicy.from_config``."""
         pipeline = load_pipeline(Path(folder), torch.device(device), dtype, weights=False)
         return cls(pipeline.pipe.transformer, pipeline)
 

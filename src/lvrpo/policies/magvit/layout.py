@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Layout(ABC):
+class TokenLayout(ABC):
     """Tokenizer and vocabulary of a model; never changed after it is made."""
 
     tokenizer: Tokenizer
@@ -79,7 +79,7 @@ class Layout(ABC):
         """The row before the image tokens of a drawing; an empty text is the unconditional branch of guidance."""
 
     @abstractmethod
-    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> Rows:
+    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> RowBatch:
         """Rows in one batch, padded on the right or the left."""
 
     def text_tokens(self, vocabulary: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBatch:
     """A batch of rows. Letters: R rows, L places."""
 
     ids: torch.Tensor

@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.policies.magvit.autoencoder import Magvit
-from lvrpo.policies.magvit.layout import Layout, Rows, square
+from lvrpo.policies.magvit.layout import RowBatch, TokenLayout, square
 from lvrpo.policies.tile_codebook import TileCodebook
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
 from lvrpo.sampling import guide_logits
@@ -31,7 +31,7 @@ from lvrpo.types import (
     TextSegment,
 )
 
-L = TypeVar("L", bound=Layout)
+L = TypeVar("L", bound=TokenLayout)
 OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 KEPT = 4096
 """Read pictures whose codes are remembered."""
@@ -41,7 +41,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     """A causal language model of transformers under the mask of its layout, with image tokens in its vocabulary.
 
     Guidance is classifier-free: the unconditional branch has an empty text. With ``("text", "image")`` the plan follows
-    the prompt's text in the row of the drawing. A model says its rows (``Layout``) and how it writes.
+    the prompt's text in the row of the drawing. A model says its rows (``TokenLayout``) and how it writes.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
@@ -193,7 +193,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
             found += [states[k, : len(rows[i])] for k, i in enumerate(part)]
         return found
 
-    def _run(self, batch: Rows, **settings: Any) -> Any:
+    def _run(self, batch: RowBatch, **settings: Any) -> Any:
         """Any: options and outputs of an optional package."""
         with self.autocast(), self.checkpointing():
             return self.model.model(

@@ -14,8 +14,8 @@ from lvrpo.errors import InputError
 from lvrpo.policies.magvit.layout import (
     TOKENIZER,
     TOKENIZER_FILES,
-    Layout,
-    Rows,
+    RowBatch,
+    TokenLayout,
     filled,
     parse_tokenizer,
     special_token,
@@ -35,7 +35,7 @@ OWNER = "the MMaDA"
 
 
 @dataclass(frozen=True, eq=False)
-class MmadaLayout(Layout):
+class MmadaLayout(TokenLayout):
     """Tokenizer and vocabulary of an MMaDA."""
 
     first_marker: int
@@ -85,13 +85,13 @@ class MmadaLayout(Layout):
     def caption(self, text: Sequence[int]) -> list[int]:
         return [self.marker("<|t2i|>"), self.bos, *text, self.end]
 
-    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> Rows:
+    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> RowBatch:
         """Rows in one batch, padded on the right or the left; all places see all that are not padding."""
         ids, valid = filled(rows, self.marker("[iPAD]"), left)
         most = ids.shape[1]
         first = (~valid).sum(dim=1, keepdim=True) if left else 0
         places = (torch.arange(most) - first).clamp(min=0).expand(len(rows), most)
-        return Rows(ids, places, valid[:, None, :].expand(-1, most, -1), valid)
+        return RowBatch(ids, places, valid[:, None, :].expand(-1, most, -1), valid)
 
     @classmethod
     def load(cls, folder: Path, codes: int, mask: int, first_marker: int) -> Self:

@@ -11,7 +11,7 @@ import torch
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.magvit.policy import MagvitPolicy
-from lvrpo.policies.masked_text import MaskedTextPolicy, Pass
+from lvrpo.policies.masked_text import MaskedPass, MaskedTextPolicy
 from lvrpo.policies.mmada.checkpoint import load_mmada, save_mmada, stored_name
 from lvrpo.policies.mmada.layout import MmadaLayout
 from lvrpo.policies.tile_codebook import TileCodebook
@@ -54,7 +54,7 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
             tokens_per_step=2,
         )
 
-    def answer_logits(self, contexts: Sequence[Sequence[int]], passes: Sequence[Pass]) -> Iterator[torch.Tensor]:
+    def answer_logits(self, contexts: Sequence[Sequence[int]], passes: Sequence[MaskedPass]) -> Iterator[torch.Tensor]:
         """See ``MaskedTextPolicy.answer_logits``; over the whole vocabulary."""
         mask, rows = self.layout.mask, []
         for context, one in zip(contexts, passes, strict=True):

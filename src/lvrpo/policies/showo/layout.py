@@ -13,8 +13,8 @@ from lvrpo.errors import InputError
 from lvrpo.policies.magvit.layout import (
     TOKENIZER,
     TOKENIZER_FILES,
-    Layout,
-    Rows,
+    RowBatch,
+    TokenLayout,
     filled,
     parse_tokenizer,
     special_token,
@@ -33,7 +33,7 @@ OWNER = "Phi-1.5"
 
 
 @dataclass(frozen=True, eq=False)
-class ShowoLayout(Layout):
+class ShowoLayout(TokenLayout):
     """Tokenizer and vocabulary of a Show-o; the end token also begins a text."""
 
     def marker(self, name: str) -> int:
@@ -64,7 +64,7 @@ class ShowoLayout(Layout):
     def caption(self, text: Sequence[int]) -> list[int]:
         return [self.marker("<|t2i|>"), self.end, *text, self.end]
 
-    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> Rows:
+    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> RowBatch:
         """Rows in one batch, padded on the right or the left.
 
         Places before an image that is read, and those of an image, see the whole image and all before it; all others
@@ -84,7 +84,7 @@ class ShowoLayout(Layout):
             places[i] += start - first
         causal = torch.arange(most)[:, None] >= torch.arange(most)
         seen = (causal | (block[:, :, None] & block[:, None, :])) & valid[:, None, :]
-        return Rows(ids, places.clamp(min=0), seen | torch.eye(most, dtype=torch.bool), valid)
+        return RowBatch(ids, places.clamp(min=0), seen | torch.eye(most, dtype=torch.bool), valid)
 
     @classmethod
     def load(cls, folder: Path, text_size: int, codes: int) -> Self:

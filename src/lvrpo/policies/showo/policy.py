@@ -11,7 +11,7 @@ import torch
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.decoding import Decoder, generate_text, read_rows
-from lvrpo.policies.magvit.layout import Rows
+from lvrpo.policies.magvit.layout import RowBatch
 from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
@@ -72,7 +72,7 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
                 out[i] = TextSegment(torch.tensor(ids), none, sampling.temperature, text, ids[-1] == self.end_id)
         return [out[i] for i in range(len(contexts))]
 
-    def _decoder(self, rows: Rows) -> Decoder:
+    def _decoder(self, rows: RowBatch) -> Decoder:
         """Reads rows that are padded on the left."""
         x, valid = self.model.model.embed_tokens(rows.ids.to(self.device)), rows.valid.long().to(self.device)
         return read_rows(self.model.model, x, valid, rows.places.to(self.device), rows.seen[:, None].to(self.device))
@@ -118,7 +118,7 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``DescribedPolicy.from_config``."""
+        """See ``EstimablePolicy.from_config``."""
         return cls._read_folder(Path(folder), device, dtype, weights=False)
 
     @classmethod

@@ -479,7 +479,7 @@ class Showo2Policy(TransformersPolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``DescribedPolicy.from_config``."""
+        """See ``EstimablePolicy.from_config``."""
         return cls(*load_parts(Path(folder), dtype or default_dtype(device), weights=False))
 
 

@@ -1,4 +1,4 @@
-"""Phases of a step, measured by calling the policy's own methods, and the losses, with fake weights."""
+"""Phases of a step, traced on fake weights: the policy's own methods and the losses are called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import last_step_alone
 from lvrpo.sampling.tokens import parts_as_on
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.live_bytes import LiveBytesOfCode, fake_weights
+from lvrpo.training.live_bytes import FakeWeightLiveBytes, fake_weights
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Microbatch, Objective
 from lvrpo.training.step_memory import NAMES, StepMemory, name_of, tensor_bytes
@@ -23,8 +23,8 @@ from lvrpo.types import Fact, FlowSegment, Group, MaskedSegment, Prompt, Segment
 T = TypeVar("T")
 
 
-class CodeMemory(StepMemory):
-    """For every policy with ``DescribedPolicy.from_config``.
+class TracedStepMemory(StepMemory):
+    """For every policy with ``EstimablePolicy.from_config``.
 
     Prompts are the real ones; texts have their full length, of which one step is computed. Of every kind of output as
     many members are sampled as fill a batch, those with the longest prompts.
@@ -34,7 +34,7 @@ class CodeMemory(StepMemory):
         super().__init__(policy, config, whole, device)
         fake_weights([policy, *self.frozen_parts])
         self.prepare()
-        self.live = LiveBytesOfCode(self.held(), device)
+        self.live = FakeWeightLiveBytes(self.held(), device)
         self.peaks: dict[str, int] = {}
         self.groups: list[Group] = []
 
@@ -86,7 +86,7 @@ class CodeMemory(StepMemory):
         first = sample(prompts[:1])[0]
         longest = sorted(prompts, key=lambda prompt: -self._tokens(replace(first.trajectories[0], prompt=prompt)))
         each = self._tokens(replace(first.trajectories[0], prompt=longest[0])) * len(first.trajectories)
-        at_once = -(-self.module.max_tokens // each)  # type: ignore[operator]  # of DescribedPolicy
+        at_once = -(-self.module.max_tokens // each)  # type: ignore[operator]  # of EstimablePolicy
         groups = [first] if at_once == 1 or len(longest) == 1 else sample(longest[:at_once])
         steps = sampling.num_steps
         groups = [replace(g, trajectories=tuple(_with_values(t, steps) for t in g.trajectories)) for g in groups]
