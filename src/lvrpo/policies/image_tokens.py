@@ -17,7 +17,12 @@ from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
 from lvrpo.policies.supervised import token_losses
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
+from lvrpo.policies.transformers_policy import (
+    THINK_THEN_ANSWER,
+    THINK_THEN_DRAW,
+    TransformersPolicy,
+    require_drawn_from_text,
+)
 from lvrpo.sampling import derive_seed, guide_logits, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -38,7 +43,6 @@ from lvrpo.types import (
     segments_through,
 )
 
-OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 ANSWER: tuple[OutputKind, ...] = ("text",)
 
 
@@ -195,15 +199,7 @@ class ImageTokenPolicy(TransformersPolicy):
 
     def _check(self, prompt: Prompt, sampling: Sampling, size: tuple[int, int]) -> None:
         named = f"prompt {prompt.id!r}"
-        pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
-        if prompt.output not in OUTPUTS:
-            raise InputError(
-                f"{named}: {self.kind} answers, draws, or thinks and draws, not {', '.join(prompt.output)}"
-            )
-        if "image" in prompt.output and pictures:
-            raise InputError(f"{named}: {self.kind} draws from text alone, not from a picture: leave the picture out")
-        if prompt.task == "understand" and not pictures:
-            raise InputError(f"{named}: task 'understand' needs a picture: give one")
+        require_drawn_from_text(prompt, self.kind)
         new = sampling.max_new_tokens * ("text" in prompt.output)
         new += self._drawing(size) if "image" in prompt.output else 0
         length = len(self._row(prompt, ()).ids)

@@ -143,11 +143,11 @@ class MaskedTextPolicy(TokenPolicy):
         draws = isinstance(segment, MaskedTextSegment) and segment.likelihood == "monte_carlo"
         length = len(segment.tokens)
         size = (len(passes) if draws else 1) * length
+        whole, allowed = segment.tokens.to(self.device), self.text_tokens.to(self.device)
         found, indices = [], []
         for r, one in enumerate(passes):
             places = one.places.to(self.device)
-            tokens = segment.tokens.to(self.device)[places]
-            found.append(token_scores(next(logits), tokens, segment.temperature, self.text_tokens.to(self.device)))
+            found.append(token_scores(next(logits), whole[places], segment.temperature, allowed))
             indices.append(places + (r * length if draws else 0))
         index = torch.cat(indices)
         logprobs, entropy = (

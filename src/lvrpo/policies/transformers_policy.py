@@ -10,7 +10,9 @@ from typing import Any, Self
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy
+from lvrpo.types import OutputKind, Prompt
 
 MAX_TOKENS = 32768
 """Limit of the padded tokens in one pass of the transformer."""
@@ -22,6 +24,8 @@ THINK_THEN_DRAW = (
     "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
 )
 """Instruction before prompts of the task ``reason`` that ask for a drawing."""
+OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
+"""Those of a model that draws from text alone."""
 
 
 class TransformersPolicy(AdaptablePolicy):
@@ -126,6 +130,21 @@ class TransformersPolicy(AdaptablePolicy):
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype of weights that are loaded without a dtype: float32 on a CPU, bfloat16 elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def require_drawn_from_text(prompt: Prompt, kind: str) -> None:
+    """Raises InputError for what a model cannot do that answers about pictures and draws from text alone.
+
+    ``kind``: name of the model in messages, such as "a Show-o".
+    """
+    named = f"prompt {prompt.id!r}"
+    pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
+    if prompt.output not in OUTPUTS:
+        raise InputError(f"{named}: {kind} answers, draws, or thinks and draws, not {', '.join(prompt.output)}")
+    if "image" in prompt.output and pictures:
+        raise InputError(f"{named}: {kind} draws from text alone, not from a picture: leave the picture out")
+    if prompt.task == "understand" and not pictures:
+        raise InputError(f"{named}: task 'understand' needs a picture: give one")
 
 
 TOGETHER = 1024

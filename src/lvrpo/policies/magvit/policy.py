@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
@@ -15,13 +16,17 @@ from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.policies.magvit.autoencoder import Magvit
 from lvrpo.policies.magvit.layout import RowBatch, TokenLayout, square
 from lvrpo.policies.tile_codebook import TileCodebook
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
+from lvrpo.policies.transformers_policy import (
+    THINK_THEN_ANSWER,
+    THINK_THEN_DRAW,
+    TransformersPolicy,
+    require_drawn_from_text,
+)
 from lvrpo.sampling import guide_logits
 from lvrpo.types import (
     Group,
     Image,
     LogitGuidance,
-    OutputKind,
     Part,
     Parts,
     Prompt,
@@ -32,7 +37,6 @@ from lvrpo.types import (
 )
 
 L = TypeVar("L", bound=TokenLayout)
-OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 KEPT = 4096
 """Read pictures whose codes are remembered."""
 
@@ -75,6 +79,25 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     def caption_limit(self) -> int:
         """The most text tokens in the row of a drawing."""
 
+    @abstractmethod
+    def save_parts(self, folder: Path) -> None:
+        """Writes the published layout into a folder."""
+
+    # --- files ---
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the published layout, and the codebook of a policy that has one of its own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_parts(folder)
+        if self.tiles is not None:
+            self.tiles.save(folder)
+
+    @classmethod
+    def with_stored_tiles(cls, folder: Path, model: Any, magvit: Magvit, layout: L, stored: Mapping[str, Any]) -> Self:
+        """The policy of these parts and the codebook that ``save_model`` wrote, if any. Any: as of ``__init__``."""
+        sizes = magvit.config
+        return cls(model, magvit, layout, stored, TileCodebook.load(folder, sizes.codes, sizes.patch_size))
+
     # --- sizes ---
 
     @property
@@ -105,14 +128,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     def _check(self, prompt: Prompt, sampling: Sampling) -> None:
         named = f"prompt {prompt.id!r}"
         pictures = sum(isinstance(part, torch.Tensor) for part in prompt.parts)
-        if prompt.output not in OUTPUTS:
-            raise InputError(
-                f"{named}: {self.kind} answers, draws, or thinks and draws, not {', '.join(prompt.output)}"
-            )
-        if "image" in prompt.output and pictures:
-            raise InputError(f"{named}: {self.kind} draws from text alone, not from a picture: leave the picture out")
-        if prompt.task == "understand" and not pictures:
-            raise InputError(f"{named}: task 'understand' needs a picture: give one")
+        require_drawn_from_text(prompt, self.kind)
         if pictures > 1:
             raise InputError(f"{named}: {pictures} pictures: {self.kind} reads one: give one")
         side = self.drawn_side

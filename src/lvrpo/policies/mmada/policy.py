@@ -14,7 +14,7 @@ from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.masked_text import MaskedPass, MaskedTextPolicy
 from lvrpo.policies.mmada.checkpoint import load_mmada, save_mmada, stored_name
 from lvrpo.policies.mmada.layout import MmadaLayout
-from lvrpo.policies.tile_codebook import TileCodebook
+from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.types import TaskKind, TextSegment, Trajectory
 
 HEAD = 513
@@ -82,12 +82,9 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         """The name of a module in MMaDA's own files."""
         return stored_name(name.removeprefix("model."))
 
-    def save_model(self, folder: Path) -> None:
+    def save_parts(self, folder: Path) -> None:
         """Writes the published layout, with the autoencoder in a subfolder."""
-        folder.mkdir(parents=True, exist_ok=True)
         save_mmada(self.model, self.magvit, self.layout, self.stored, folder)
-        if self.tiles is not None:
-            self.tiles.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -96,7 +93,5 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
         files, tensors that are missing or do not fit, and without transformers.
         """
-        folder, device = Path(folder), torch.device(device)
-        parts = load_mmada(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
-        sizes = parts[1].config
-        return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size)).to(device)
+        parts = load_mmada(Path(folder), dtype or default_dtype(device))
+        return cls.with_stored_tiles(Path(folder), *parts).to(device)

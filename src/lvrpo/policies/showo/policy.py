@@ -15,7 +15,6 @@ from lvrpo.policies.magvit.layout import RowBatch
 from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
-from lvrpo.policies.tile_codebook import TileCodebook
 from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.sampling import derive_seed, token_scores, uniform_noise
 from lvrpo.types import Segment, SegmentLogprobs, TaskKind, TextSegment
@@ -59,12 +58,13 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         allowed, embed = self.text_tokens.to(self.device), self.model.model.embed_tokens
         for part in self.cut([len(context) + sampling.max_new_tokens for context in contexts]):
             u = uniform_noise([derive_seed(seeds[i], "write") for i in part], (sampling.max_new_tokens,))
-            distinct = list(dict.fromkeys(tuple(contexts[i]) for i in part))
+            own = [tuple(contexts[i]) for i in part]
+            row_of = {context: row for row, context in enumerate(dict.fromkeys(own))}
             with self.autocast():
-                decoder = self._decoder(self.layout.padded(distinct, left=True))
+                decoder = self._decoder(self.layout.padded(list(row_of), left=True))
                 decoder.reserve(sampling.max_new_tokens)
                 found = generate_text(
-                    *(decoder, [distinct.index(tuple(contexts[i])) for i in part], embed, self.model.lm_head),
+                    *(decoder, [row_of[context] for context in own], embed, self.model.lm_head),
                     *({self.end_id}, u.to(self.device), sampling.temperature, allowed),
                 )
             for i, ids in zip(part, found, strict=True):
@@ -100,12 +100,9 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         """The parameter's name in Show-o's own files."""
         return "showo." + name.removeprefix("model.")
 
-    def save_model(self, folder: Path) -> None:
+    def save_parts(self, folder: Path) -> None:
         """Writes the published layout, with the language model and the autoencoder in subfolders."""
-        folder.mkdir(parents=True, exist_ok=True)
         save_showo(self.model, self.magvit, self.layout, self.stored, folder)
-        if self.tiles is not None:
-            self.tiles.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -114,17 +111,11 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
         files, tensors that are missing or do not fit, and without transformers.
         """
-        return cls._read_folder(Path(folder), device, dtype, weights=True).to(device)
+        parts = load_showo(Path(folder), dtype or default_dtype(device))
+        return cls.with_stored_tiles(Path(folder), *parts).to(device)
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """See ``EstimablePolicy.from_config``."""
-        return cls._read_folder(Path(folder), device, dtype, weights=False)
-
-    @classmethod
-    def _read_folder(
-        cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, *, weights: bool
-    ) -> Self:
-        parts = load_showo(folder, dtype or default_dtype(device), weights=weights)
-        sizes = parts[1].config
-        return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size))
+        parts = load_showo(Path(folder), dtype or default_dtype(device), weights=False)
+        return cls.with_stored_tiles(Path(folder), *parts)
