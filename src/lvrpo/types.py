@@ -248,7 +248,6 @@ class Trajectory:
     segments: tuple[Segment, ...]
     """One per entry of ``prompt.output``."""
     seed: int
-    policy_version: int = 0
 
     @property
     def text(self) -> str | None:

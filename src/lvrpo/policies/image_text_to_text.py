@@ -248,7 +248,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 texts = generate_text(decoder, owner, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
                     segment = self.make_segment(ids, sampling.temperature)
-                    drawn.append(Trajectory(prompt, m, (segment,), seed, self.version))
+                    drawn.append(Trajectory(prompt, m, (segment,), seed))
         reused = read if len(parts) == 1 else None  # only then a replay reads the same batch of prompts
         replayed = self._replay(drawn, entropy=False, read=reused)
         scored = [with_behavior_logprobs(t, found) for t, found in zip(drawn, replayed, strict=True)]

@@ -193,7 +193,7 @@ class ImageTokenPolicy(TransformersPolicy):
                     found = self._draw(some, own, sampling, pixels) if draws else self._write(some, own, sampling)
                     for k, segment in zip(part, found, strict=True):
                         made[waiting[k]] += (segment,)
-        drawn = [Trajectory(p, m, made[i], seed, self.version) for i, (p, m, seed) in enumerate(members)]
+        drawn = [Trajectory(p, m, made[i], seed) for i, (p, m, seed) in enumerate(members)]
         scored = [with_behavior_logprobs(t, rows) for t, rows in zip(drawn, self.logprobs(drawn), strict=True)]
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 

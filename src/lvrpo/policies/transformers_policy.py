@@ -36,7 +36,6 @@ class TransformersPolicy(AdaptablePolicy):
         super().__init__()
         self.model = model.eval()
         self.max_tokens = MAX_TOKENS
-        self.version = 0
         self.checkpointed = False
         self._autocast: torch.dtype | None = None
 

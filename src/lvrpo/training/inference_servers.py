@@ -130,7 +130,7 @@ class InferenceServer(ABC):
         groups = []
         for prompt, seed, group in zip(prompts, seeds, answers, strict=True):
             members = [
-                Trajectory(prompt, m, (self._segment(answer, sampling),), derive_seed(seed, m), policy.version)
+                Trajectory(prompt, m, (self._segment(answer, sampling),), derive_seed(seed, m))
                 for m, answer in enumerate(group)
             ]
             groups.append(Group(prompt, tuple(members)))

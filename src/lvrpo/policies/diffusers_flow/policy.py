@@ -66,7 +66,6 @@ class DiffusersPolicy(AdaptablePolicy):
         self.transformer: Any = transformer  # Any: a class of an optional package
         self.pipeline = pipeline
         self.max_tokens = MAX_TOKENS
-        self.version = 0
         self._autocast: torch.dtype | None = None
         self.train(False)
 
@@ -167,7 +166,7 @@ class DiffusersPolicy(AdaptablePolicy):
             flows = integrate(velocity, sampling, timesteps, noise.to(self.device), step_noise)
             segments = flow_segments(flows, pipeline.decode(flows.latents, grid), sampling)
             for i, segment, seed in zip(part, segments, own, strict=True):
-                found.append(Trajectory(members[i][0], members[i][1], (segment,), seed, self.version))
+                found.append(Trajectory(members[i][0], members[i][1], (segment,), seed))
         return [Group(prompt, tuple(found[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _check(self, prompt: Prompt) -> None:

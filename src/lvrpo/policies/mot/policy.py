@@ -90,7 +90,6 @@ class MoTPolicy(AdaptablePolicy):
         self.transformer = transformer
         self.towers: Encoders = towers  # type: ignore[assignment]  # a Module that keeps the protocol
         self.tokenizer = tokenizer
-        self.version = 0
         self._autocast: torch.dtype | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
@@ -187,10 +186,7 @@ class MoTPolicy(AdaptablePolicy):
                 new = flow_segments(flows, self.encoders.decode_latents(flows.latents, grid), sampling)
             for segment_list, segment in zip(segments, new, strict=True):
                 segment_list.append(segment)
-        return [
-            Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed, self.version)
-            for b, one in enumerate(members)
-        ]
+        return [Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed) for b, one in enumerate(members)]
 
     def _row(self, prompt: Prompt) -> Row:
         row = self.runner.row(prompt.parts, draws="image" in prompt.output)

@@ -194,7 +194,7 @@ class Showo2Policy(TransformersPolicy):
             flows = integrate(velocity, sampling, times, noise.to(self.device), step_noise)
             segments = flow_segments(flows, self.decode_latents(flows.latents, grid), sampling)
             for k, segment, (prompt, member, each, _) in zip(part, segments, own, strict=True):
-                made[chosen[k]] = Trajectory(prompt, member, (segment,), each, self.version)
+                made[chosen[k]] = Trajectory(prompt, member, (segment,), each)
 
     def _write(
         self, members: Sequence[Any], chosen: Sequence[int], sampling: Sampling, made: list[Trajectory | None]
@@ -213,7 +213,7 @@ class Showo2Policy(TransformersPolicy):
                 ended = ids[-1] == eos
                 text = self.parts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
                 segment = TextSegment(torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, text, ended)
-                made[chosen[k]] = Trajectory(prompt, member, (segment,), each, self.version)
+                made[chosen[k]] = Trajectory(prompt, member, (segment,), each)
 
     def _decoder(self, questions: Sequence[PromptParts]) -> tuple[Decoder, list[int]]:
         """Reads every different question once; which of them each is."""
