@@ -83,7 +83,7 @@ class HeldOutScorer:
         """The metric of a prompt's outputs; None: nothing can score them."""
         if self._is_own(prompt) or has_success(prompt):
             return "success"
-        return "reward" if self._trained(prompt) else None
+        return "reward" if any(r.scores(prompt) for r in self._counted) else None
 
     def scores(self, groups: Sequence[Group], judge: Judge | None = None) -> tuple[list[list[float]], dict[int, str]]:
         """Per group and member its score, nan where a rule or a reward failed, and by group why one failed.
@@ -108,8 +108,9 @@ class HeldOutScorer:
         return self._successes(groups)[0]
 
     def _successes(self, groups: Sequence[Group]) -> tuple[dict[int, list[float]], dict[int, str]]:
-        own = [p for p, group in enumerate(groups) if self._is_own(group.prompt)]
-        right = [p for p, group in enumerate(groups) if p not in own and has_success(group.prompt)]
+        is_own = [self._is_own(group.prompt) for group in groups]
+        own = [p for p, applies in enumerate(is_own) if applies]
+        right = [p for p, group in enumerate(groups) if not is_own[p] and has_success(group.prompt)]
         found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
         values, reasons = self._own([groups[p] for p in own])
         return found | dict(zip(own, values, strict=True)), {own[p]: why for p, why in reasons.items()}
@@ -130,15 +131,18 @@ class HeldOutScorer:
             raise ContractError(f"{named} is {graded:g}: must be true or false, 1 or 0: a graded score is a reward")
         return values.tolist(), {p: f"{named}: {why}" for (p, _), why in failures.items()}
 
-    def _trained(self, prompt: Prompt) -> list[RewardSource]:
-        return [r for r in self.rewards if r.config.weight and not r.relative and r.scores(prompt)]
+    @property
+    def _counted(self) -> list[RewardSource]:
+        """The rewards that count."""
+        return [r for r in self.rewards if r.config.weight and not r.relative]
 
     def _rewarded(self, groups: Sequence[Group], judge: Judge | None) -> tuple[list[list[float]], dict[int, str]]:
-        sources = [r for r in self.rewards if r.config.weight and not r.relative]
-        if judge is None or not all(self._trained(group.prompt) for group in groups):
+        sources = self._counted
+        scored = [[r.scores(group.prompt) for r in sources] for group in groups]
+        if judge is None or not all(map(any, scored)):
             raise ContractError("a held-out prompt without an answer: nothing scores its outputs")
         table = score_groups(sources, groups, judge)
-        applies = torch.tensor([[r.scores(group.prompt) for r in sources] for group in groups])[:, None]
+        applies = torch.tensor(scored)[:, None]
         weights = torch.tensor([r.config.weight for r in sources]) * applies
         reasons = {p: why.removeprefix("failed: ") for (p, _, _), why in table.reasons.items() if why != NOT_APPLICABLE}
         scores = (table.scores * weights).sum(dim=-1) / weights.sum(dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -102,11 +103,10 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
     if test is None and config.data.source == "datasets" and not custom.sources:
         test = validation  # as the command line says
-    own_rewards = config.validation.rewards
-    own_scorer = scorer
-    if own_rewards:
-        own_scorer = replace(scorer, rewards=tuple(task_rewards(config, source, section="validation.rewards")))
-    validator = Validator(validation_prompts(config, validation, own_scorer), config, own_scorer)
+    held_out_scorer = scorer
+    if config.validation.rewards:
+        held_out_scorer = replace(scorer, rewards=tuple(task_rewards(config, source, section="validation.rewards")))
+    validator = Validator(validation_prompts(config, validation, held_out_scorer), config, held_out_scorer)
     if tasks is not None:
         require_outputs(config, tasks, source, validator)
     if tasks is not None and not can_draw(tasks):
@@ -210,7 +210,7 @@ def task_rewards(
                     f"{section}.{row.title}: data.source={config.data.source} has no reward of its own: name another "
                     "reward, or a task that has one"
                 )
-            given[row.title] = _function_reward(task.reward, row)
+            given[row.title] = _function_reward(task.reward, row, f"{section}.{row.title}.options")
     return build_rewards(rows, given)
 
 
@@ -232,16 +232,16 @@ def success_metric(config: TrainConfig, task: Task | None) -> RewardSource | Non
     if task is None or task.success is None:
         return None
     row = RewardConfig(name=f"{config.data.source}.success", label="success")
-    return RewardSource(row, _function_reward(task.success, row))
+    return RewardSource(row, _function_reward(task.success, row, f"data.source={config.data.source}: its success"))
 
 
-def _function_reward(rule: function.Function, row: RewardConfig) -> Reward:
-    """A method of a task as a reward, whose options are its other parameters."""
+def _function_reward(rule: function.Function, row: RewardConfig, where: str) -> Reward:
+    """A method of a task as a reward, whose options are its other parameters; errors begin with ``where``."""
     build = function.reward(rule)
     try:
         return build(**row.options)
     except TypeError as error:
-        raise InputError(f"rewards.{row.title}.options: {error}: give the parameters of the task's function") from None
+        raise InputError(f"{where}: {error}: give the parameters of the task's function") from None
 
 
 def task_scorer(config: TrainConfig) -> HeldOutScorer:
@@ -310,8 +310,8 @@ def missing_validation_message(config: TrainConfig, source: Task | None, tasks: 
     """The warning about tasks without validation prompts, with a remedy."""
     named = ", ".join(tasks)
     if source is None:
-        named = config.data.source in ROW_SOURCES
-        where = f"data.{config.data.source}.validation is not set" if named else "there are no validation rows"
+        of_rows = config.data.source in ROW_SOURCES
+        where = f"data.{config.data.source}.validation is not set" if of_rows else "there are no validation rows"
         return f"{where}: validation has no held-out rows and keeps the last weights: give it a file of rows"
     if not set(tasks) & set(source.tasks):
         return f"validation has no rows of {named}: it is not watched: add some"
@@ -341,19 +341,22 @@ class PromptList(Task):
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, Prompt):
                 raise InputError(f"prompts[{i}]: is {type(prompt).__name__}: give lvrpo.Prompt objects")
-        doubled = [p.id for i, p in enumerate(prompts) if p.id in {other.id for other in prompts[:i]}]
-        if doubled:
-            raise InputError(f"prompts: two have the id {doubled[0]!r}: ids must be unique")
+        name, count = Counter(prompt.id for prompt in prompts).most_common(1)[0]
+        if count > 1:
+            raise InputError(f"prompts: {count} have the id {name!r}: ids must be unique")
         self._prompts, self.success = list(prompts), success
+        self._by_task: dict[TaskKind, list[Prompt]] = {}
+        for prompt in prompts:
+            self._by_task.setdefault(prompt.task, []).append(prompt)
 
     @property
     def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks of the list."""
-        return tuple(dict.fromkeys(prompt.task for prompt in self._prompts))
+        return tuple(self._by_task)
 
     def prompt(self, task: TaskKind, index: int) -> Prompt:
         """The prompt at an index >= 0, modulo the number of prompts of the task."""
-        rows = [prompt for prompt in self._prompts if prompt.task == task]
+        rows = self._by_task[task]
         return rows[index % len(rows)]
 
     def in_order(self) -> list[Prompt]:

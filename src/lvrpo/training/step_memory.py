@@ -22,7 +22,7 @@ from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.microbatches import split
 from lvrpo.training.policies import shard_dtype
 from lvrpo.training.rollout_engine import ProcessEngineConfig
-from lvrpo.types import Group, OutputKind, Prompt
+from lvrpo.types import Fact, Group, OutputKind, Parts, Prompt, Trajectory
 
 SMALL_MOMENTS = 4096
 """Parameters with fewer elements keep 32-bit moments in ``adamw_8bit``."""
@@ -173,6 +173,16 @@ NAMES: dict[OutputKind, str] = {"text": "text", "image": "drawings"}
 def name_of(output: Sequence[OutputKind]) -> str:
     """What is written and drawn, in the name of a phase."""
     return " and ".join(NAMES[kind] for kind in output)
+
+
+def questions_about(drawn: Sequence[Trajectory]) -> list[tuple[Parts, str]]:
+    """What a judge is asked about drawings, with the answers: one question for every fact of every image."""
+    return [
+        ((trajectory.image, fact.question), fact.answer)
+        for trajectory in drawn
+        for fact in trajectory.prompt.facts or (Fact("", "", ""),)
+        if trajectory.image is not None
+    ]
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -27,8 +27,8 @@ from lvrpo.training.losses.flow import FreshNoiseConfig, NoisingConfig
 from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
 from lvrpo.training.memory import MemoryEstimate
-from lvrpo.training.step_memory import NAMES, StepMemory, name_of
-from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
+from lvrpo.training.step_memory import NAMES, StepMemory, name_of, questions_about
+from lvrpo.types import FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 
 class MoTStepMemory(StepMemory):
@@ -231,12 +231,7 @@ class MoTStepMemory(StepMemory):
 
     def _judge(self, drawn: Sequence[Trajectory]) -> None:
         """The largest batch of questions, one for every fact of every image."""
-        asked = [
-            ((trajectory.image, fact.question), fact.answer)
-            for trajectory in drawn
-            for fact in trajectory.prompt.facts or (Fact("", "", ""),)
-            if trajectory.image is not None
-        ]
+        asked = questions_about(drawn)
         rows = [self.runner.row(context, draws=False) for context, _ in asked]
         new = [len(self.runner.tokenizer.encode(answer)) + 1 for _, answer in asked]
         tokens = [row_tokens(row) + more for row, more in zip(rows, new, strict=True)]

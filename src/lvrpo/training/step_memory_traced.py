@@ -16,9 +16,9 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import FakeWeightLiveBytes, fake_weights
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Microbatch, Objective
-from lvrpo.training.step_memory import NAMES, StepMemory, name_of, tensor_bytes
+from lvrpo.training.step_memory import NAMES, StepMemory, name_of, questions_about, tensor_bytes
 from lvrpo.training.validation import Validator
-from lvrpo.types import Fact, FlowSegment, Group, MaskedSegment, Prompt, Segment, TextSegment, Trajectory
+from lvrpo.types import FlowSegment, Group, MaskedSegment, Prompt, Segment, TextSegment, Trajectory
 
 T = TypeVar("T")
 
@@ -125,12 +125,7 @@ class TracedStepMemory(StepMemory):
     def _judge(self, drawn: Sequence[Trajectory]) -> None:
         """A batch of questions at least, one for every fact of every image."""
         enough = -(-self.module.max_tokens // max(1, self._tokens(drawn[0])))  # type: ignore[operator]
-        asked = [
-            ((trajectory.image, fact.question), fact.answer)
-            for trajectory in drawn
-            for fact in trajectory.prompt.facts or (Fact("", "", ""),)
-            if trajectory.image is not None
-        ][:enough]
+        asked = questions_about(drawn)[:enough]
         self.policy.text_logprob([context for context, _ in asked], [answer for _, answer in asked])
 
 
