@@ -1,4 +1,4 @@
-"""Commands that must refuse what they are given: one line that names it, exit code 2, in time, nothing written."""
+"""What must be refused: in one line; by a command also with exit code 2, in time, and with nothing written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
 from lvrpo.cli import main
+from lvrpo.errors import InputError
 
 MOST_SECONDS = 10
 """Of one case."""
@@ -51,6 +54,17 @@ def interrupted_after(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The body raises an InputError of one line that holds all the words."""
+    with pytest.raises(InputError) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line
+    for each in words:
+        assert each in line
 
 
 def listing(folder: Path, but: Path | None = None) -> set[tuple[str, int, int]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
@@ -193,10 +194,8 @@ def test_what_it_cannot_do_is_one_line(
 ) -> None:
     marker = MARKERS[type(policy).__name__]
     parts = tuple(part.replace("<MARKER>", marker) if isinstance(part, str) else part for part in prompt.parts)
-    with pytest.raises(InputError) as caught:
+    with refused(words.replace("<MARKER>", marker)):
         policy.sample([replace(prompt, parts=parts)], sampling, [0])
-    assert words.replace("<MARKER>", marker) in str(caught.value)
-    assert "\n" not in str(caught.value)
     if sampling.image_size is not None:
         with pytest.raises(InputError, match="image_size"):
             policy.check_sampling(sampling)
