@@ -1,19 +1,18 @@
 """The policy computes what MMaDA's own code computes.
 
 vectors/mmada.safetensors holds inputs and outputs of the public code (Gen-Verse/MMaDA at 3cdb870, on a CPU, float32) on
-a small checkpoint whose weights ``fill`` writes under their published names; tokenizer.json is that of this checkpoint.
+a small checkpoint whose weights are ``named_weight`` of their published names; tokenizer.json is that of it.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from named_weights import named_weight
 from safetensors.torch import load_file, save_file
 
 from lvrpo.policies.base import Sampling
@@ -28,18 +27,6 @@ pytest.importorskip("transformers")
 VECTORS = Path(__file__).parent / "vectors"
 ABSOLUTE = 2e-5
 PICTURE = torch.zeros(3, 32, 32)
-
-
-def fill(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Weights that follow from the names and shapes of the tensors."""
-    filled = {}
-    for name, shape in shapes.items():
-        i = torch.arange(1, shape.numel() + 1, dtype=torch.float64)
-        x = torch.sin(i * 12.9898 + zlib.crc32(name.encode()) % 1000) * 43758.5453
-        u = x - x.floor() - 0.5
-        values = u * 2 * math.sqrt(3 / (shape.numel() / shape[0])) if len(shape) > 1 else u * 0.4 + 1
-        filled[name] = values.view(shape).float()
-    return filled
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +48,8 @@ def policy(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     shapes = empty_transformer(read_settings(MmadaConfig, stored, folder), folder)
     names = stored_names(shapes)
     assert sorted(names.values()) == sorted(settings["names"])
-    own = {theirs: shapes.state_dict()[name].shape for name, theirs in names.items()}
-    save_file(fill(own), folder / "model.safetensors", {"format": "pt"})
+    own = {theirs: named_weight(theirs, shapes.state_dict()[name].shape, 1) for name, theirs in names.items()}
+    save_file(own, folder / "model.safetensors", {"format": "pt"})
     once = (1, 1, 1, 1)
     sizes = MagvitConfig(
         ch=32,

@@ -7,14 +7,13 @@ a small checkpoint whose weights ``fill`` writes; tokenizer.json is that of this
 from __future__ import annotations
 
 import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from named_weights import named_weight
 from PIL import Image as PilImage
 from safetensors.torch import load_file
 from torch import nn
@@ -35,17 +34,11 @@ ABSOLUTE = 2e-5
 
 
 def fill(module: nn.Module, prefix: str = "") -> None:
-    """Weights that follow from the names and shapes of the tensors."""
+    """Writes ``named_weight`` into the parameters."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            i = torch.arange(1, parameter.numel() + 1, dtype=torch.float64)
-            x = torch.sin(i * 12.9898 + zlib.crc32((prefix + name).encode()) % 1000) * 43758.5453
-            u = x - x.floor() - 0.5
-            if parameter.ndim > 1:
-                values = u * 2 * math.sqrt(3 / (parameter.numel() / parameter.shape[0]))
-            else:
-                values = u * 0.4 + ("norm" in name and name.endswith("weight"))
-            parameter.copy_(values.view(parameter.shape))
+            center = float("norm" in name and name.endswith("weight"))
+            parameter.copy_(named_weight(prefix + name, parameter.shape, center))
 
 
 @pytest.fixture(scope="module")
