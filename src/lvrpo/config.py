@@ -6,17 +6,17 @@ converted implicitly: neither text to a number nor true to 1.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from lvrpo.config_errors import SCALAR_TYPES, as_literal_error, explain, nearest, real_location, show
+from lvrpo.config_sections import KIND, Location, kinds_of, models_at, models_at_key
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
 from lvrpo.strict_yaml import dump_yaml, parse_yaml
@@ -60,11 +60,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 C = TypeVar("C", bound=Config)
 Tree = dict[str, Any]  # Any: YAML
-Location = tuple[str | int, ...]
 
 
-KIND = "kind"
-"""The discriminator of a section that is a tagged union."""
 ALLOW_CODE = "allow_code"
 """The key by which the CONFIG file of a command allows code; ignored in a run and in extended files."""
 
@@ -81,7 +78,7 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         config, first = _validate(cls, tree)
         if config is not None:
             return config
-        location = _real_location(tree, first["loc"])
+        location = real_location(tree, first["loc"])
         # `name=2024` on the command line means text where only text is allowed
         texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
         text = raw.get(location, "") if texts else ""
@@ -97,7 +94,7 @@ def require_known_keys(cls: type[Config], path: Path | None, overrides: Sequence
     """Raises the InputError of ``load_config`` for an unknown key; values are not checked."""
     tree, raw = _overridden_tree(cls, path, overrides)
     if (first := _validate(cls, tree)[1]).get("type") == "extra_forbidden":
-        raise _config_error(cls, path, raw, first, _real_location(tree, first["loc"]))
+        raise _config_error(cls, path, raw, first, real_location(tree, first["loc"]))
 
 
 def _overridden_tree(
@@ -115,7 +112,7 @@ def _overridden_tree(
         if last == KIND:
             depth = len(sections)
             overridden = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
-            _drop_other_kinds(section, value, _models_at(cls, sections), keep=overridden)
+            _drop_other_kinds(section, value, models_at(cls, sections), keep=overridden)
         section[last] = value
         raw[keys] = text
     return tree, raw
@@ -125,7 +122,7 @@ def _config_error(
     cls: type[Config], path: Path | None, raw: Mapping[Location, str], error: dict[str, Any], location: Location
 ) -> InputError:
     """An error of the file or of an override. Any: pydantic's error dict."""
-    message = _explain(cls, error, location)
+    message = explain(cls, error, location)
     from_file = path is not None and not any(keys[: len(location)] == location[: len(keys)] for keys in raw)
     return InputError(f"{path}: {message}" if from_file else message)
 
@@ -137,9 +134,9 @@ def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C
     config, first = _validate(cls, dict(tree))
     if config is not None:
         return config
-    location = _real_location(dict(tree), first["loc"])
+    location = real_location(dict(tree), first["loc"])
     between = "." if location and isinstance(where, str) else ": "
-    raise InputError(f"{where}{between}{_explain(cls, first, location)}")
+    raise InputError(f"{where}{between}{explain(cls, first, location)}")
 
 
 def dump_config(config: Config) -> str:
@@ -163,7 +160,7 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
     left, right = dict(_leaves(one)), dict(_leaves(other))
     absent = object()
     return [
-        f"{key}={_show(left[key]) if key in left else 'unset'} against {_show(right[key]) if key in right else 'unset'}"
+        f"{key}={show(left[key]) if key in left else 'unset'} against {show(right[key]) if key in right else 'unset'}"
         for key in dict.fromkeys([*left, *right])
         if left.get(key, absent) != right.get(key, absent)
     ]
@@ -172,14 +169,14 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 def read_yaml(path: Path) -> Tree:
     """The mapping that a YAML file holds, with duplicate keys refused; raises InputError."""
     if not os.path.lexists(path):
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         hint = f"did you mean {path.parent / near}?" if near else "check the path"
         raise InputError(f"{path}: no such file: {hint}")
     tree = parse_yaml(read_text(path, "give a YAML text file", MIB), str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}:1: holds {_show(tree)}: a configuration is 'key: value' lines")
+        raise InputError(f"{path}:1: holds {show(tree)}: a configuration is 'key: value' lines")
     return tree
 
 
@@ -209,7 +206,7 @@ def read_tree(path: Path, cls: type[Config], chain: tuple[Path, ...] = ()) -> Tr
         return tree
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
-        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
+        raise InputError(f"{path}: extends={show(parent)}: must be the path of a YAML file, or a built-in name")
     return _merge(read_tree(_parent_file(path, parent), cls, (*chain, resolved)), tree, [cls])
 
 
@@ -227,9 +224,9 @@ def _parent_file(path: Path, parent: str) -> Path:
     if parent.removesuffix(".yaml") in shipped:
         return shipped[parent.removesuffix(".yaml")]
     names = [*shipped, *(p.name for p in path.parent.glob("*.y*ml") if p != path)]
-    near = _nearest(parent, names)
+    near = nearest(parent, names)
     hint = f"did you mean {near}?" if near else f"name a file beside it, or one of {', '.join(shipped)}"
-    raise InputError(f"{path}: extends={_show(parent)}: no such file: {hint}")
+    raise InputError(f"{path}: extends={show(parent)}: no such file: {hint}")
 
 
 def _resolve_relative_paths(tree: Any, folder: Path) -> Any:
@@ -255,21 +252,17 @@ def _merge(base: Tree, over: Tree, models: Sequence[type[Config]]) -> Tree:
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merge(old, value, _models_at_key(models, key))
+            value = _merge(old, value, models_at_key(models, key))
         merged[key] = value
     return merged
 
 
 def _drop_other_kinds(section: Tree, kind: Any, models: Sequence[type[Config]], keep: Collection[str] = ()) -> None:
     """Deletes keys from a section that are not fields of ``kind`` but of other kinds, except those in ``keep``."""
-    known = {name for model in models if kind in _kinds(model) for name in model.model_fields}
+    known = {name for model in models if kind in kinds_of(model) for name in model.model_fields}
     others = {name for model in models for name in model.model_fields} - known - set(keep)
     for name in [name for name in section if known and name in others]:
         del section[name]
-
-
-def _kinds(model: type[Config]) -> tuple[Any, ...]:
-    return get_args(model.model_fields[KIND].annotation) if KIND in model.model_fields else ()
 
 
 def _split_override(override: str) -> tuple[tuple[str, ...], str]:
@@ -296,7 +289,7 @@ def _section(tree: Tree, keys: Sequence[str], value: Any) -> Tree:
         if not isinstance(tree[key], dict):
             where = ".".join(sections[: depth + 1])
             raise InputError(
-                f"{'.'.join(keys)}={_show(value)}: {where} is {_show(tree[key])}, not a section: set {where}"
+                f"{'.'.join(keys)}={show(value)}: {where} is {show(tree[key])}, not a section: set {where}"
             )
         tree = tree[key]
     return tree
@@ -317,18 +310,7 @@ def _validate(cls: type[C], tree: Tree) -> tuple[C | None, dict[str, Any]]:
     if not errors or errors[0]["type"] == "value_error":
         errors = [*_silent_conversions(cls, tree), *errors]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0]) if errors else {}
-    return (None if errors else config), _as_literal_error(dict(first))
-
-
-def _as_literal_error(error: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites pydantic's error for an unknown ``kind`` as a ``literal_error``; other errors are returned unchanged."""
-    if error.get("type") != "union_tag_invalid":
-        return error
-    names = error["ctx"]["expected_tags"].split(", ")
-    expected = f"{', '.join(names[:-1])} or {names[-1]}"
-    return {**error, "type": "literal_error", "loc": (*error["loc"], KIND), "input": error["input"][KIND]} | {
-        "ctx": {"expected": expected}
-    }
+    return (None if errors else config), as_literal_error(dict(first))
 
 
 def _silent_conversions(cls: type[Config], tree: Tree) -> list[Any]:
@@ -336,152 +318,8 @@ def _silent_conversions(cls: type[Config], tree: Tree) -> list[Any]:
     try:
         cls.model_validate_json(json.dumps(tree, skipkeys=True, default=str), strict=True)
     except ValidationError as error:
-        return [e for e in error.errors(include_url=False) if e["type"] in _SCALAR_TYPES]
+        return [e for e in error.errors(include_url=False) if e["type"] in SCALAR_TYPES]
     return []
-
-
-_SCALAR_TYPES = ("int_type", "float_type", "bool_type")
-_RULES = {
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "string_type": "must be text: put it in quotes",
-    "path_type": "must be a path",
-    "recursion_loop": "holds itself: remove the YAML alias",
-    "invalid_key": "must be a text key: put it in quotes",
-    "list_type": "must be a list [a, b]",
-    "tuple_type": "must be a list [a, b]",
-    "set_type": "must be a list [a, b]",
-    "frozen_set_type": "must be a list [a, b]",
-    "dict_type": "must be a section of 'key: value' lines",
-    "model_type": "must be a section of 'key: value' lines",
-    "model_attributes_type": "must be a section of 'key: value' lines",
-    "greater_than": "must be > {gt}",
-    "greater_than_equal": "must be >= {ge}",
-    "less_than": "must be < {lt}",
-    "less_than_equal": "must be <= {le}",
-    "multiple_of": "must be a multiple of {multiple_of}",
-    "string_too_short": "must have at least {min_length} characters",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first a letter or digit",
-    "too_short": "must have at least {min_length} entries",
-    "too_long": "must have at most {max_length} entries",
-    "literal_error": "must be {expected}",
-    "enum": "must be {expected}",
-}
-
-
-def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> str:
-    dotted = ".".join(str(key) for key in location)
-    kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
-    hint = _hint(cls, location, value) if kind in ("extra_forbidden", "literal_error") else None
-    if hint is not None:
-        return f"{dotted}={_show(value)}: {hint}"
-    if kind == "extra_forbidden":
-        of_kinds = _kinds_with(cls, location)
-        if of_kinds:
-            section = ".".join(str(key) for key in location[:-1])
-            which = "that" if len(of_kinds) == 1 else "one of them"
-            kinds = " or ".join(of_kinds)
-            return (
-                f"{dotted}: applies to {section}.kind={kinds}, not to {error['loc'][-2]}: set {which}, or leave it out"
-            )
-        return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
-    if kind == "missing" and isinstance(error["loc"][-1], int):
-        return f"{dotted}={_show(value)}: must have more entries"
-    if kind == "missing":
-        return f"{dotted}: is missing: set it, in the file or as {dotted}=VALUE"
-    if kind in ("value_error", "assertion_error"):
-        message = " ".join(str(context.get("error") or error["msg"]).split())
-        at = f"{dotted}: " if isinstance(value, dict) else f"{dotted}={_show(value)}: "
-        return at + message if dotted else message
-    rule = _RULES.get(kind)
-    limits = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
-    message = rule.format(**limits) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
-    if kind == "literal_error" and isinstance(value, str):
-        near = _nearest(value, re.findall(r"'([^']*)'", context["expected"]))
-        message += f": did you mean {near}?" if near else ""
-    shown = repr(value) if kind in _SCALAR_TYPES and isinstance(value, str) else _show(value)
-    return f"{dotted}={shown}: {message}" if dotted else message
-
-
-def _real_location(tree: Any, location: Location) -> Location:
-    """The location without the union member names that pydantic inserts."""
-    real: list[str | int] = []
-    for number, key in enumerate(location):
-        try:
-            tree = tree[key]
-        except (KeyError, IndexError, TypeError):
-            if number < len(location) - 1 or not isinstance(tree, dict):
-                continue
-        real.append(key)
-    return tuple(real)
-
-
-def _suggest_key(cls: type[Config], location: Location) -> str:
-    *sections, last = (str(key) for key in location)
-    siblings = _fields_at(cls, sections)
-    near = _nearest(last, siblings)
-    if near:
-        return f"did you mean {'.'.join([*sections, near])}?"
-    parents = {".".join(sections[:depth]) for depth in range(1, len(sections) + 1)}
-    elsewhere = {path.rpartition(".")[2]: path for path in reversed(list(_key_paths(cls))) if path not in parents}
-    near = _nearest(last, elsewhere, cutoff=0.75)
-    if near:
-        return f"did you mean {elsewhere[near]}?"
-    where = f"{'.'.join(sections)} has" if sections else "there are"
-    return f"{where} {', '.join(siblings) or 'no keys'}"
-
-
-def _hint(cls: type[Config], location: Location, value: object) -> str | None:
-    *sections, last = (str(key) for key in location)
-    found = (model.hints.get(name) for model in _models_at(cls, sections) for name in (f"{last}={value}", last))
-    hint = next((hint for hint in found if hint is not None), None)
-    return None if hint is None else hint.format(section=".".join(sections))
-
-
-def _kinds_with(cls: type[Config], location: Location) -> list[str]:
-    """The kinds of a tagged-union section that have the key."""
-    *sections, last = (str(key) for key in location)
-    return [str(kind) for m in _models_at(cls, sections) if last in m.model_fields for kind in _kinds(m)]
-
-
-def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(name for model in _models_at(cls, sections) for name in model.model_fields))
-
-
-def _models_at(cls: type[Config], sections: Sequence[str]) -> list[type[Config]]:
-    models = [cls]
-    for section in sections:
-        models = _models_at_key(models, section)
-    return models
-
-
-def _models_at_key(models: Sequence[type[Config]], key: str) -> list[type[Config]]:
-    return [
-        inner
-        for model in models
-        for inner in (_models_in(model.model_fields[key].annotation) if key in model.model_fields else [model])
-    ]
-
-
-def _models_in(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
-
-
-def _key_paths(cls: type[Config], prefix: str = "", depth: int = 0) -> Iterator[str]:
-    for name, field in cls.model_fields.items():
-        yield prefix + name
-        if depth < 6:  # sections may be recursive
-            for model in _models_in(field.annotation):
-                yield from _key_paths(model, f"{prefix}{name}.", depth + 1)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -490,13 +328,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + str(key), value
-
-
-def _nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
-    text = " ".join(text.split()) if text.strip() else repr(text)
-    return text if len(text) <= 60 else text[:57] + "..."

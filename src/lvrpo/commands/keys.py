@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, create_model
 
-from lvrpo.config import KIND, Config, default_kind, read_tree, read_yaml, require_known_keys, shipped_configs
+from lvrpo.config import Config, default_kind, read_tree, read_yaml, require_known_keys, shipped_configs
+from lvrpo.config_sections import KIND
 from lvrpo.errors import InputError
 
 KEYS = Path(__file__).parent.parent / "assets" / "keys.json"
