@@ -17,7 +17,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.janus.create import JanusSizes, create_janus
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.magvit.layout import Layout
+from lvrpo.policies.magvit.layout import TokenLayout
 from lvrpo.policies.showo.create import ShowoSizes, create_showo
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.training.config import TrainConfig
@@ -91,7 +91,7 @@ def test_losses_of_janus_are_those_of_its_model(janus: JanusPolicy) -> None:
 def test_losses_of_showo_are_those_of_its_masked_tokens(showo: ShowoPolicy) -> None:
     codes = showo.encode_image(picture(2))
     for example, text in ((DRAWING, showo.layout.encode("a red circle above a square")), (DROPPED, [])):
-        with mock.patch.object(Layout, "drawing", autospec=True, side_effect=Layout.drawing) as drawing:
+        with mock.patch.object(TokenLayout, "drawing", autospec=True, side_effect=TokenLayout.drawing) as drawing:
             loss = float(showo.supervised_losses([example], generator())["image"])
         inputs = torch.tensor(drawing.call_args_list[0].args[2])
         masked = inputs < 0
