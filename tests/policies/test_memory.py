@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from small_vlm import without_videos
 
 from lvrpo.cli import main
 from lvrpo.config import load_config, shipped_configs
-from lvrpo.policies.base import Policy
+from lvrpo.policies import image_text_to_text, image_tokens
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.decoding import last_step_alone
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
@@ -25,7 +29,7 @@ from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.policies import policy_module
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.sources import training_source
-from lvrpo.types import Group
+from lvrpo.types import Group, Prompt
 
 SMALL = (
     "rewards=[{name: exact_answer}]",
@@ -91,7 +95,8 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
 def test_phases_without_weights_are_those_of_a_real_step(
     name: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A term that is left out, such as the logits or the cache, is more than the tolerance."""
+    """A term of the largest pass of a phase, such as the logits or the outputs of a frozen policy, is more than the
+    tolerance; the keys and values of a text are less than the scores after it, and have a test of their own."""
     family = FAMILIES[name]
     folder = family_folder(name)
     # the sizes of a Show-o2's flow head are in its weights alone
@@ -104,6 +109,43 @@ def test_phases_without_weights_are_those_of_a_real_step(
     )
     assert found.keys() == estimate.transient.keys()
     by_hand(policy, estimate)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("janus", image_tokens), ("emu3", image_tokens), ("qwen3_vl", image_text_to_text)]
+)
+def test_one_step_of_decoding_takes_what_all_of_them_take(
+    name: str, module: ModuleType, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(family_folder(name))
+    weights = list(policy_module(policy).state_dict(keep_vars=True).values())
+    peaks: list[int] = []
+
+    def watched(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with LiveBytes(weights) as live:
+                found = decode(*(() if isinstance(arg, set | frozenset) else arg for arg in args))  # no end token
+            peaks.append(live.peak)
+            return found
+
+        return call
+
+    for decode in ("generate_text", "generate_image_tokens"):
+        if hasattr(module, decode):
+            monkeypatch.setattr(module, decode, watched(getattr(module, decode)))
+    sampling = Sampling(group_size=4, max_new_tokens=96, guidance_scale=3.0 if module is image_tokens else 1.0)
+    prompts = [Prompt("r", "reason", ("what color is it",), ("text",))]
+    if module is image_tokens:
+        prompts.append(Prompt("g", "generate", ("a red circle",), ("image",)))
+    for prompt in prompts:
+        policy.sample([prompt], sampling, [0])
+    whole, peaks[:] = [*peaks], []
+    with last_step_alone():
+        for prompt in prompts:
+            policy.sample([prompt], sampling, [0])
+    assert len(peaks) == len(prompts)
+    assert whole[0] <= peaks[0] <= 1.6 * whole[0]  # texts that end make others move, here none
+    assert peaks[1:] == pytest.approx(whole[1:], rel=0.1)
 
 
 def by_hand(policy: Policy, estimate: MemoryEstimate) -> None:

@@ -80,9 +80,9 @@ class Decoder:
         self.mask, self.last = self.mask[index], self.last[index]
         self.positions = self.positions.index_select(-2, index)
 
-    def skip(self) -> None:
-        """Fills all reserved places but the last with any keys and values, which takes no pass: for estimates."""
-        places = self.most - 1 - self.mask.shape[1]
+    def skip(self, left: int = 1) -> None:
+        """Fills all reserved places but the last ones with any keys and values, which takes no pass: for estimates."""
+        places = self.most - left - self.mask.shape[1]
         if places < 1:
             return
         for layer in self.cache.layers:
@@ -229,12 +229,13 @@ def generate_image_tokens(
     drawn: list[torch.Tensor] = []
     for i in range(N):
         if drawn:
-            decoder.extend(embed(drawn[-1].repeat(len(decoder.mask) // B), i - 1))
+            x = embed(drawn[-1].repeat(len(decoder.mask) // B), N - 1 if alone else i - 1)
+            if alone:
+                decoder.skip(x.shape[1])  # the end of a line takes more memory than another place: two queries, a mask
+            decoder.extend(x)
         logits = head(decoder.last)
         guided = guide_logits(logits[:B], logits[B:] if len(logits) > B else None, guidance_scale)
         drawn.append(sample_tokens(guided, uniforms[:, i], temperature))
-        if alone and i == 0:
-            decoder.skip()
         if alone and i == 1:
             return torch.stack([*drawn, *drawn[:1] * (N - 2)], dim=1)
     return torch.stack(drawn, dim=1)
