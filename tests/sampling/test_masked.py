@@ -85,6 +85,8 @@ def test_choose_revealed_by_hand() -> None:
     still = torch.tensor([[True, True, True, True], [False, True, True, False]])
     assert choose_revealed(logprobs, still, 1).tolist() == [[True, True, True, False], [False, True, False, False]]
     assert choose_revealed(logprobs, still, 0).tolist() == still.tolist()
+    alike = torch.zeros(2, 256)  # so many that PyTorch's sort, unless it is asked to be stable, mixes them
+    assert choose_revealed(alike, alike == 0, 156).tolist() == [[True] * 100 + [False] * 156] * 2
     # Gumbel of 1/2 is .3665, of .9 it is 2.2504: the third overtakes all
     uniforms = torch.tensor([[0.5, 0.5, 0.9, 0.5], [0.5] * 4])
     assert choose_revealed(logprobs, still, 3, uniforms, 1.0)[0].tolist() == [False, False, True, False]
