@@ -265,8 +265,7 @@ def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None
     assert found.persistent["offloaded"] == (6 * 4 + 2) * numbers
 
 
-def test_json_files_tell_what_the_weights_tell(described: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_only(monkeypatch, "replay of drawings")
+def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
     settings = [*FEW[:1], *FEW[2:], ASKED, WATCHING]
     found = [
         memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
