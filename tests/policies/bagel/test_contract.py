@@ -162,7 +162,7 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
     policy = BagelPolicy.load(folder)
     assert policy.default_sampling("understand").max_new_tokens == 32
     asked = Prompt("u", "understand", (picture(1), "what is it"), ("text",))
-    room = 64 - 2 - policy.count_tokens(Trajectory(asked, 0, (), 0, 0)).context
+    room = 64 - 2 - policy.count_tokens(Trajectory(asked, 0, (), 0)).context
     policy.sample([asked], replace(BASE, max_new_tokens=room), [0])
     with pytest.raises(InputError, match=rf"prompt 'u': .* shorten it, or write less: max_new_tokens <= {room}$"):
         policy.sample([asked], replace(BASE, max_new_tokens=room + 1), [0])
