@@ -21,6 +21,8 @@ NO_IMAGE = torch.ones(1, 2, 2)
         ("global", 2.0, [[3.006698, 4.100043], [-0.273336, -0.273336]]),  # times sqrt(26 / 348)
         ("channel", 1.0, [[3.0, 4.0], [0.0, 0.0]]),
         ("channel", 2.0, [[2.956812, 4.032016], [-0.707107, -0.707107]]),  # times 5 / sqrt(346) and 1 / sqrt(2)
+        ("channel_match", 1.0, [[3.0, 4.0], [0.0, 0.0]]),
+        ("channel_match", 2.0, [[2.956812, 4.032016], [-0.707107, -0.707107]]),
         ("text_channel", 1.0, [[3.0, 4.0], [0.0, 0.0]]),
         ("text_channel", 2.0, [[5.0, 7.0], [-1.0, -1.0]]),  # not renormed again
     ],
@@ -46,9 +48,10 @@ def test_renorm_min(renorm) -> None:
 def test_renorm_only_shrinks(renorm) -> None:
     small = guide(V, V * 1.5, None, 2.0, 1.0, renorm)  # 1.5 V + 2 (V - 1.5 V) = V / 2
     torch.testing.assert_close(small, V / 2)
+    torch.testing.assert_close(guide(V, V * 1.5, None, 2.0, 1.0, "channel_match", 1.0), V)  # also grows
 
 
-@pytest.mark.parametrize("renorm", ["none", "global", "channel", "text_channel"])
+@pytest.mark.parametrize("renorm", ["none", "global", "channel", "channel_match", "text_channel"])
 def test_a_sample_does_not_depend_on_its_neighbors(renorm) -> None:
     v, u, m = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(0))
     whole = guide(v, u, m, 3.0, 1.5, renorm)
@@ -62,7 +65,7 @@ def test_guide_refuses_what_it_cannot_do() -> None:
         guide(V, None, NO_IMAGE, 2.0)
     with pytest.raises(InputError, match="needs the velocity without images"):
         guide(V, NO_TEXT, None, 2.0, 2.0)
-    with pytest.raises(InputError, match="use none, global, channel or text_channel"):
+    with pytest.raises(InputError, match="use none, global, channel, channel_match, text_channel"):
         guidance.guide.__wrapped__(V, NO_TEXT, None, 2.0, 1.0, "local")
 
 

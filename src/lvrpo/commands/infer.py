@@ -39,7 +39,7 @@ CHUNK = 64
 """Prompts sampled at once."""
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".yaml", ".yml")
 """Suffixes of files whose lines are no prompts."""
-RENORMS = ("none", "global", "channel", "text_channel")
+RENORMS = ("none", "global", "channel", "channel_match", "text_channel")
 
 
 def _drawing_options(parser: Parser) -> None:

@@ -44,9 +44,12 @@ KINDS = {
     "showo2-tiny": RandomModel("Show-o2", "RandomShowo2", "showo2", "create_showo2"),
     "sd3-tiny": RandomModel("Stable Diffusion 3", "PipelineSizes"),
     "flux-tiny": RandomModel("FLUX", "PipelineSizes"),
+    "kontext-tiny": RandomModel("FLUX Kontext", "PipelineSizes"),
+    "qwen-image-tiny": RandomModel("Qwen-Image", "PipelineSizes"),
+    "z-image-tiny": RandomModel("Z-Image", "PipelineSizes"),
 }
 """Models by the name that ``lvrpo init`` takes."""
-PIPELINES = ("sd3-tiny", "flux-tiny")
+PIPELINES = ("sd3-tiny", "flux-tiny", "kontext-tiny", "qwen-image-tiny", "z-image-tiny")
 TILED = ("janus-tiny", "showo-tiny", "mmada-tiny")
 """Models that take a tile codebook."""
 CROWDED = 2000

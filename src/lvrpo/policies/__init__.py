@@ -14,6 +14,7 @@ POLICIES: Mapping[str, str] = {
     "mmada": "lvrpo.policies.mmada.policy:MmadaPolicy",
     "image_text_to_text": "lvrpo.policies.image_text_to_text:ImageTextToTextPolicy",
     "diffusers": "lvrpo.policies.diffusers_flow.policy:DiffusersPolicy",
+    "diffusers_edit": "lvrpo.policies.diffusers_flow.policy:DiffusersEditPolicy",
 }
 """Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there, and its
 package allowed by name (``--allow-code=my_package``). ``image_text_to_text`` is every type that transformers maps to

@@ -76,7 +76,7 @@ class Sampling:
     """Classifier-free guidance scale of the text; 1: no guidance."""
     image_guidance_scale: float = 1.0
     """Classifier-free guidance scale of the source image of an edit; 1: no guidance."""
-    guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    guidance_renorm: Literal["none", "global", "channel", "channel_match", "text_channel"] = "none"
     """Shrinks the guided velocity to the norm of the conditional one (``sampling.guide``)."""
     guidance_renorm_min: float = 0.0
     """Lower bound of the shrinking factor; 1 switches it off."""

@@ -18,7 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.policies.base import Policy, missing_members
-from lvrpo.policies.diffusers_flow import INDEX, require_supported
+from lvrpo.policies.diffusers_flow import EDITING, INDEX, require_supported
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
@@ -203,8 +203,7 @@ def model_type(folder: Path) -> str:
         return "bagel"
     path = folder / "config.json"
     if (folder / INDEX).is_file():
-        require_supported(folder)
-        return "diffusers"
+        return "diffusers_edit" if require_supported(folder) in EDITING else "diffusers"
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["guide", "guide_logits"]
 
-Renorm = Literal["none", "global", "channel", "text_channel"]
+Renorm = Literal["none", "global", "channel", "channel_match", "text_channel"]
 
 
 def guide(
@@ -31,19 +32,19 @@ def guide(
 
     a = v_no_text + guidance_scale (v - v_no_text);  b = v_no_image + image_guidance_scale (a - v_no_image);
     out = b clip(|v| / (|b| + 1e-8), renorm_min, 1), the norm over tokens and channels of a sample (``global``) or
-    over the channels of a token (``channel``). ``text_channel``: a is renormed per token, then mixed into b, which is
-    not.
+    over the channels of a token (``channel``). ``channel_match``, of Qwen-Image: b |v| / |b| per token, which also
+    grows. ``text_channel``: a is renormed per token, then mixed into b, which is not.
 
     A guidance_scale of at most 1 leaves v unchanged *and ignores the image scale*; an image_guidance_scale of at most
     1 means b = a. A velocity that is not used may be None.
 
-    Shapes: all (B, N, C) to the same. Renorming only shrinks; renorm_min = 1 switches it off.
+    Shapes: all (B, N, C) to the same. All but channel_match only shrink; renorm_min = 1 switches them off.
     Raises: InputError for an unknown renorm, or for a scale above 1 without its velocity.
     Differs from the paper: the original takes the global norm over the whole packed batch; here it is per sample, so
     that an image does not depend on its neighbors.
     """
-    if renorm not in ("none", "global", "channel", "text_channel"):
-        raise InputError(f"guidance_renorm={renorm!r} is unknown: use none, global, channel or text_channel")
+    if renorm not in get_args(Renorm):
+        raise InputError(f"guidance_renorm={renorm!r} is unknown: use {', '.join(get_args(Renorm))}")
     if guidance_scale <= 1:
         return v
     if v_no_text is None:
@@ -54,12 +55,14 @@ def guide(
         )
     a = v_no_text + guidance_scale * (v - v_no_text)
     if renorm == "text_channel":
-        a = _shrink(a, v, (-1,), renorm_min)
+        a = _rescale(a, v, (-1,), renorm_min)
     b = a if image_guidance_scale <= 1 or v_no_image is None else v_no_image + image_guidance_scale * (a - v_no_image)
     if renorm == "global":
-        return _shrink(b, v, (-2, -1), renorm_min)
+        return _rescale(b, v, (-2, -1), renorm_min)
     if renorm == "channel":
-        return _shrink(b, v, (-1,), renorm_min)
+        return _rescale(b, v, (-1,), renorm_min)
+    if renorm == "channel_match":
+        return _rescale(b, v, (-1,), 0.0, math.inf)
     return b
 
 
@@ -94,7 +97,7 @@ def guide_logits(
     return unguided + guidance_scale * (logits.float() - unguided)
 
 
-def _shrink(guided: Tensor, v: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:
+def _rescale(guided: Tensor, v: Tensor, dims: tuple[int, ...], low: float, high: float = 1.0) -> Tensor:
     norm = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
     norm_guided = torch.linalg.vector_norm(guided, dim=dims, keepdim=True)
-    return guided * (norm / (norm_guided + 1e-8)).clamp(renorm_min, 1.0)
+    return guided * (norm / (norm_guided + 1e-8)).clamp(low, high)

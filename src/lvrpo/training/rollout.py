@@ -193,9 +193,10 @@ class RolloutConfig(Config):
     """Classifier-free guidance of the text; 1: none."""
     image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     """Classifier-free guidance of the source image in edits; 1: none."""
-    guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    guidance_renorm: Literal["none", "global", "channel", "channel_match", "text_channel"] = "none"
     """Shrinks the guided velocity to the norm of the conditional one, over all tokens and channels (global) or the
-    channels of each token (channel, text_channel); text_channel (BAGEL's edits): of the text guidance alone."""
+    channels of each token (channel, text_channel); channel_match (Qwen-Image): gives each token that norm, larger or
+    smaller; text_channel (BAGEL's edits): of the text guidance alone."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Steps with low < t <= high are guided."""
     image_size: tuple[Side, Side] | None = None

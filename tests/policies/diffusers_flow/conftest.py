@@ -12,6 +12,7 @@ import pytest
 
 from lvrpo.policies.diffusers_flow.create import KINDS, PipelineSizes, create_pipeline
 from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
+from lvrpo.policies.loading import load_policy
 from lvrpo.types import Prompt
 
 
@@ -41,13 +42,15 @@ def policies(folders: Callable[[str], Path]) -> Callable[[str], DiffusersPolicy]
 
     def policy(kind: str) -> DiffusersPolicy:
         if kind not in loaded:
-            loaded[kind] = DiffusersPolicy.load(folders(kind))
+            found = load_policy(folders(kind))
+            assert isinstance(found, DiffusersPolicy)
+            loaded[kind] = found
         return loaded[kind]
 
     return policy
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=[kind for kind in KINDS if kind != "kontext-tiny"])  # which is a FLUX but for its edits
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

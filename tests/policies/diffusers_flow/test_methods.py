@@ -61,19 +61,20 @@ def train(config: TrainConfig, folder: str) -> None:
         assert trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["sd3-tiny", "flux-tiny"])
+@pytest.mark.parametrize("kind", ["sd3-tiny", "kontext-tiny"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_flows_trains(
     method: str, kind: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path]
 ) -> None:
-    if kind == "flux-tiny" and method not in ("flow_grpo", "nft"):
+    if kind == "kontext-tiny" and method not in ("flow_grpo", "nft"):
         pytest.skip("two methods cover what its call adds")
     settings = [*small(folders(kind)), *METHODS[method], "rollout.guidance_scale=2", "steps=1"]
-    if kind == "flux-tiny":
-        settings.append(JOINT)  # its guidance has no branch to detach
+    if kind == "kontext-tiny":  # its guidance has no branch to detach
+        settings += [JOINT, "data.prompts_per_step={generate: 1, understand: 0, edit: 1, reason: 0}"]
     train(load_config(TrainConfig, shipped_configs()["sd35_medium"], settings), "run")
     (row,) = RunDirectory.read(Path("run")).metrics()[1:]
     assert row["grad_norm/generate"] > 0
+    assert ("loss/flow/edit" in row) == (kind == "kontext-tiny")
     assert all(check["ok"] for check in json.loads(Path("run/contract.json").read_text()))
 
 

@@ -45,12 +45,29 @@ def members(groups: list[Group]) -> list[Trajectory]:
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
-def initial_latents(policy: DiffusersPolicy, trajectories: list[Trajectory], packed: bool) -> torch.Tensor:
-    """What the pipeline takes as ``latents``."""
+def of_the_pipeline(policy: DiffusersPolicy, trajectories: list[Trajectory], guidance: float) -> dict[str, Any]:
+    """The arguments with which the pipeline draws as ``ODE`` does."""
+    kind = type(policy.pipeline).__name__
     grid = policy.pipeline.grid((32, 32))
     shape = grid[0] * grid[1], policy.pipeline.channels
     noise = normal_noise([derive_seed(t.seed, "noise") for t in trajectories], shape)
-    return noise if packed else unpack(noise, grid, policy.pipeline.patch)
+    scale = {
+        "QwenImage": {"true_cfg_scale": guidance, "negative_prompt": " "},
+        "ZImage": {"guidance_scale": guidance - 1},
+    }.get(kind, {"guidance_scale": guidance})
+    area = {"max_area": 32 * 32, "_auto_resize": False} if kind == "FluxKontext" else {}
+    latents = noise if is_packed(policy) else unpack(noise, grid, policy.pipeline.patch)
+    return {"latents": latents, "num_inference_steps": 5, "height": 32, "width": 32, **scale, **area}
+
+
+def is_packed(policy: DiffusersPolicy) -> bool:
+    """Whether the latents of the pipeline are patches."""
+    return type(policy.pipeline).__name__ in ("Flux", "FluxKontext", "QwenImage")
+
+
+def ode(policy: DiffusersPolicy, guidance: float) -> Sampling:
+    """The pipeline's own way to guide."""
+    return replace(ODE, guidance_scale=guidance, guidance_renorm=policy.pipeline.defaults.guidance_renorm)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -62,35 +79,25 @@ def test_without_noise_the_picture_is_that_of_the_pipeline(
     pipeline: Callable[[Path], Any],
     prompts: list[Prompt],
 ) -> None:
-    pipe, packed = pipeline(folders(kind)), kind == "flux-tiny"
-    groups = policy.sample(prompts[:2], replace(ODE, guidance_scale=guidance), [3, 4])
+    pipe = pipeline(folders(kind))
+    groups = policy.sample(prompts[:2], ode(policy, guidance), [3, 4])
     for group in groups:
-        size = {"height": 32, "width": 32} | PIPELINE_GUIDANCE.get(kind, lambda s: {"guidance_scale": s})(guidance)
-        given = {
-            "latents": initial_latents(policy, list(group.trajectories), packed),
-            "num_inference_steps": 5,
-            "num_images_per_prompt": 2,
-            **size,
-        }
+        given = of_the_pipeline(policy, list(group.trajectories), guidance) | {"num_images_per_prompt": 2}
         (text,) = group.prompt.parts
-        latents = pipe(text, output_type="latent", **given)[0]
-        pictures = pipe(text, output_type="pt", **given)[0]
+        latents = pipe(prompt=text, output_type="latent", **given)[0]
+        pictures = pipe(prompt=text, output_type="pt", **given)[0]
         own = torch.stack([segment(t).latent for t in group.trajectories])
-        assert (own - (latents if packed else pack(latents, 2))).abs().max() < 2e-5
+        assert (own - (latents if is_packed(policy) else pack(latents, 2))).abs().max() < 2e-5
         assert (torch.stack([segment(t).image for t in group.trajectories]) - pictures).abs().max() < 2e-5
     one, other = (segment(group.trajectories[0]).latent for group in groups)
     assert not torch.equal(one, other)
-
-
-PIPELINE_GUIDANCE: dict[str, Callable[[float], dict[str, Any]]] = {}
-"""Arguments of a pipeline that has another measure of guidance."""
 
 
 def test_the_policy_keeps_the_contract(policy: DiffusersPolicy, folders: Callable[[str], Path], kind: str) -> None:
     assert isinstance(policy, RolloutPolicy)
     assert isinstance(policy, FlowPolicy)
     assert isinstance(policy, SavedPolicy)
-    assert possible_tasks(folders(kind)) == ("generate",)
+    assert possible_tasks(folders(kind)) == policy.tasks == ("generate",)
     assert isinstance(load_policy(folders(kind)), DiffusersPolicy)
     assert not policy.training
     assert not policy.train().training
@@ -100,7 +107,7 @@ def test_the_policy_keeps_the_contract(policy: DiffusersPolicy, folders: Callabl
 def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
     name: str, kind: str, policy: DiffusersPolicy, prompts: list[Prompt]
 ) -> None:
-    if kind == "flux-tiny" and name not in ("plain", "flash"):
+    if policy.pipeline.guidance == "embedded" and name not in ("plain", "flash"):
         pytest.skip("its call is the same with any of these")
     trajectories = members(policy.sample(prompts[:2], DRAWINGS[name], [1, 2]))
     assert len(segment(trajectories[0]).timesteps) == (5 if name == "flash" else 6)
@@ -157,7 +164,7 @@ def test_velocities_mix_the_branches_of_guidance(policy: DiffusersPolicy, prompt
     x_t, t = torch.stack([segment(one).latent for one in trajectories]), torch.linspace(0.2, 0.9, 6)
     v, unguided, guided = (policy.velocity(trajectories, x_t, t, scale) for scale in (1.0, 0.0, 3.0))
     assert (v - unguided).abs().max() > 1e-4
-    if kind == "flux-tiny":
+    if policy.pipeline.guidance == "embedded":
         assert (guided - v).abs().max() > 1e-4
     else:
         torch.testing.assert_close(guided, unguided + 3 * (v - unguided), rtol=1e-4, atol=1e-5)
@@ -266,10 +273,13 @@ def test_a_saved_pipeline_is_one_of_diffusers(
     assert isinstance(again, DiffusersPolicy)
     again.save(Path("saved"))  # over the files that it was read from
     assert "saved" not in (Path("saved") / "transformer/config.json").read_text()
-    latents = initial_latents(policy, [one.trajectories[0]], kind == "flux-tiny")
-    given = {"latents": latents, "num_inference_steps": 5, "guidance_scale": 1.0, "height": 32, "width": 32}
-    pictures = pipeline(Path("saved"))("a red circle", output_type="pt", **given)[0]
+    given = of_the_pipeline(policy, [one.trajectories[0]], 1.0)
+    pictures = pipeline(Path("saved"))(prompt="a red circle", output_type="pt", **given)[0]
     assert (pictures[0] - segment(one.trajectories[0]).image).abs().max() < 2e-5
+
+
+ADAPTED = {"z-image-tiny": {"to_q", "0", "w1", "w2", "w3"}}
+"""Names of adapted layers where they are others."""
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")  # of peft
@@ -283,7 +293,9 @@ def test_an_adapter_is_read_by_peft_into_the_pipeline(
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name for name in trained)
-    assert {"to_q", "to_add_out", "2"} <= {name.split(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert ADAPTED.get(kind, {"to_q", "to_add_out", "2"}) <= {
+        name.split(".lora_")[0].rpartition(".")[2] for name in trained
+    }
     (same,) = policy.sample(prompts[:1], ODE, [1])
     assert torch.equal(segment(same.trajectories[0]).latent, segment(before.trajectories[0]).latent)
     with torch.no_grad():
@@ -299,12 +311,52 @@ def test_an_adapter_is_read_by_peft_into_the_pipeline(
     again = load_policy("adapter")
     (loaded,) = again.sample(prompts[:1], ODE, [1])
     assert torch.equal(segment(loaded.trajectories[0]).latent, segment(moved.trajectories[0]).latent)
-    latents = initial_latents(policy, [moved.trajectories[0]], kind == "flux-tiny")
-    given = {"latents": latents, "num_inference_steps": 5, "guidance_scale": 1.0, "height": 32, "width": 32}
+    given = of_the_pipeline(policy, [moved.trajectories[0]], 1.0)
     pipe = pipeline(folders(kind))
     pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "adapter")
-    picture = pipe("a red circle", output_type="pt", **given)[0][0]
+    picture = pipe(prompt="a red circle", output_type="pt", **given)[0][0]
     assert (picture - segment(moved.trajectories[0]).image).abs().max() < 2e-5
+
+
+def test_an_edit_is_that_of_the_pipeline_beside_prompts_without_a_source(
+    policies: Callable[[str], DiffusersPolicy],
+    folders: Callable[[str], Path],
+    pipeline: Callable[[Path], Any],
+    prompts: list[Prompt],
+) -> None:
+    policy, pipe = policies("kontext-tiny"), pipeline(folders("kontext-tiny"))
+    assert possible_tasks(folders("kontext-tiny")) == policy.tasks == ("generate", "edit")
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    sources = list((pixels * 255).round() / 255)
+    edits = [Prompt(f"e{i}", "edit", (source, "make it red"), ("image",)) for i, source in enumerate(sources)]
+    mixed = [edits[0], prompts[0], edits[1]]
+    groups = policy.sample(mixed, replace(ODE, guidance_scale=2.5), [3, 4, 3])
+    for group, source in zip(groups, (sources[0], None, sources[1]), strict=True):
+        given = of_the_pipeline(policy, list(group.trajectories), 2.5) | {"num_images_per_prompt": 2}
+        image = None if source is None else source[None].expand(2, -1, -1, -1)
+        pictures = pipe(image=image, prompt=group.prompt.parts[-1], output_type="pt", **given)[0]
+        assert (torch.stack([segment(t).image for t in group.trajectories]) - pictures).abs().max() < 2e-5
+    one, _, other = (segment(group.trajectories[0]).latent for group in groups)
+    assert (one - other).abs().max() > 1e-3  # of one seed and text
+    # the replay, and velocities of a batch with both kinds
+    trajectories = members(policy.sample(mixed, SDE, [1, 2, 3]))
+    with torch.no_grad():
+        for order, limit in ((trajectories, 0.0), (trajectories[::-2], 1e-6)):
+            for trajectory, (row,) in zip(order, policy.logprobs(order), strict=True):
+                sampled = segment(trajectory).behavior_logprobs
+                assert ((row.logprobs - sampled).abs() / sampled.abs().clamp(min=1)).max() <= limit
+        x_t, t = torch.stack([segment(one).latent for one in trajectories]), torch.linspace(0.1, 0.9, len(trajectories))
+        together = policy.velocity(trajectories, x_t, t, 2.5)
+        for i in (0, 5, 11):
+            alone = policy.velocity(trajectories[i : i + 1], x_t[i : i + 1], t[i : i + 1], 2.5)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+    with_source, without = (policy.count_tokens(trajectories[i]).image for i in (0, 4))
+    assert with_source - without == 16
+    # a source of another size is resized to that of the drawing
+    (group,) = policy.sample([Prompt("e", "edit", (sources[0][:, :20], "make it red"), ("image",))], ODE, [1])
+    assert segment(group.trajectories[0]).image.shape == (3, 32, 32)
+    with pytest.raises(InputError, match="prompt 'e': has 2 pictures: this model edits one: leave the others out"):
+        policy.sample([Prompt("e", "edit", (*sources, "join them"), ("image",))], ODE, [1])
 
 
 @pytest.mark.parametrize(
@@ -330,7 +382,7 @@ def test_what_it_cannot_be_asked_is_one_line(prompt: Prompt, words: str, policy:
     [
         ({"image_size": (33, 32)}, r"image_size=\[33, 32\]: must be multiples of 8: use \[32, 32\]"),
         ({"image_size": (32, 256)}, "this model draws sides of up to 128"),
-        ({"image_guidance_scale": 2.0}, "image_guidance_scale=2.0: this model draws from text alone: use 1.0"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale=2.0: this model guides by text alone: use 1.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(

@@ -12,10 +12,15 @@ from lvrpo.reading import read_json_object
 INDEX = "model_index.json"
 """The file that names the class and the parts of a pipeline."""
 PIPELINES: Mapping[str, str] = {
-    "StableDiffusion3Pipeline": "lvrpo.policies.diffusers_flow.pipelines:StableDiffusion3",
-    "FluxPipeline": "lvrpo.policies.diffusers_flow.pipelines:Flux",
+    "StableDiffusion3Pipeline": "lvrpo.policies.diffusers_flow.stable_diffusion_3:StableDiffusion3",
+    "FluxPipeline": "lvrpo.policies.diffusers_flow.flux:Flux",
+    "FluxKontextPipeline": "lvrpo.policies.diffusers_flow.flux:FluxKontext",
+    "QwenImagePipeline": "lvrpo.policies.diffusers_flow.qwen_image:QwenImage",
+    "ZImagePipeline": "lvrpo.policies.diffusers_flow.z_image:ZImage",
 }
-"""The name of each pipeline class for messages, by ``_class_name``."""
+"""The class of each supported pipeline, by ``_class_name``."""
+EDITING = ("FluxKontextPipeline",)
+"""The pipelines that edit images, too."""
 
 
 def require_supported(folder: Path) -> str:

@@ -97,8 +97,8 @@ def stable_diffusion_3(sizes: PipelineSizes) -> Any:
     )
 
 
-def flux(sizes: PipelineSizes) -> Any:
-    """A FluxPipeline with embedded guidance and a shift that depends on the size. Any: of an optional package."""
+def flux(sizes: PipelineSizes, cls: str = "FluxPipeline") -> Any:
+    """A FLUX with embedded guidance and a shift that depends on the size. Any: of an optional package."""
     diffusers, half = diffusers_library(), sizes.text_width // 2
     tokenizer, head = clip_tokenizer(), sizes.width // sizes.heads
     transformer = diffusers.FluxTransformer2DModel(
@@ -112,9 +112,9 @@ def flux(sizes: PipelineSizes) -> Any:
         guidance_embeds=True,
         axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
     )
-    return diffusers.FluxPipeline(
+    return getattr(diffusers, cls)(
         transformer=transformer,
-        scheduler=getattr(diffusers, SCHEDULER)(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        scheduler=_dynamic_scheduler(),
         vae=_autoencoder(sizes),
         text_encoder=_clip(tokenizer, half, sizes.text_depth, "CLIPTextModel"),
         tokenizer=tokenizer,
@@ -122,9 +122,79 @@ def flux(sizes: PipelineSizes) -> Any:
     )
 
 
+def flux_kontext(sizes: PipelineSizes) -> Any:
+    """A FluxKontextPipeline. Any: of an optional package."""
+    return flux(sizes, "FluxKontextPipeline")
+
+
+def qwen_image(sizes: PipelineSizes) -> Any:
+    """A QwenImagePipeline. Any: of an optional package."""
+    diffusers, transformers = diffusers_library(), transformers_library("a pipeline")
+    tokenizer, head = qwen_tokenizer(), sizes.width // sizes.heads
+    text = _qwen_sizes(sizes, tokenizer)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**vision, "out_hidden_size": sizes.text_width},
+    )
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=4 * sizes.latent_channels,
+        out_channels=sizes.latent_channels,
+        num_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        attention_head_dim=head,
+        joint_attention_dim=sizes.text_width,
+        axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
+    )
+    levels = round(math.log2(sizes.vae_stride))
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=VAE_WIDTH,
+        z_dim=sizes.latent_channels,
+        dim_mult=[1] * (levels + 1),
+        num_res_blocks=1,
+        temperal_downsample=[False] * levels,
+        latents_mean=[0.1] * sizes.latent_channels,
+        latents_std=[1.5] * sizes.latent_channels,
+    )
+    return diffusers.QwenImagePipeline(
+        transformer=transformer,
+        scheduler=_dynamic_scheduler(),
+        vae=vae,
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    )
+
+
+def z_image(sizes: PipelineSizes) -> Any:
+    """A ZImagePipeline with a fixed shift. Any: of an optional package."""
+    diffusers, transformers = diffusers_library(), transformers_library("a pipeline")
+    tokenizer, head = qwen_tokenizer(), sizes.width // sizes.heads
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=sizes.latent_channels,
+        dim=sizes.width,
+        n_layers=sizes.depth,
+        n_refiner_layers=1,
+        n_heads=sizes.heads,
+        n_kv_heads=sizes.heads,
+        cap_feat_dim=sizes.text_width,
+        axes_dims=[head // 4, 3 * head // 8, 3 * head // 8],
+    )
+    return diffusers.ZImagePipeline(
+        transformer=transformer,
+        scheduler=getattr(diffusers, SCHEDULER)(shift=sizes.shift),
+        vae=_autoencoder(sizes),
+        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**_qwen_sizes(sizes, tokenizer), head_dim=16)),
+        tokenizer=tokenizer,
+    )
+
+
 KINDS: Mapping[str, Callable[[PipelineSizes], Any]] = {
     "sd3-tiny": stable_diffusion_3,
     "flux-tiny": flux,
+    "kontext-tiny": flux_kontext,
+    "qwen-image-tiny": qwen_image,
+    "z-image-tiny": z_image,
 }
 """The pipelines that ``create_pipeline`` makes."""
 
@@ -136,6 +206,35 @@ def clip_tokenizer() -> Any:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     transformers = transformers_library("a pipeline")
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CLIP_TOKENS)
+
+
+def qwen_tokenizer() -> Any:
+    """A Qwen2Tokenizer whose tokens are bytes. Any: of an optional package."""
+    pieces = (*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = transformers_library("a pipeline").Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def _qwen_sizes(sizes: PipelineSizes, tokenizer: Any) -> dict[str, Any]:
+    """The configuration of a small language model of Qwen. Any: of an optional package."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": sizes.text_width,
+        "intermediate_size": 2 * sizes.text_width,
+        "num_hidden_layers": sizes.text_depth,
+        "num_attention_heads": sizes.text_width // 16,
+        "num_key_value_heads": sizes.text_width // 16,
+    }
+
+
+def _dynamic_scheduler() -> Any:
+    """Its shift depends on the size. Any: of an optional package."""
+    return getattr(diffusers_library(), SCHEDULER)(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
 
 
 def _clip(tokenizer: Any, width: int, depth: int, cls: str) -> Any:

@@ -1,4 +1,4 @@
-"""The differences between pipelines of diffusers: prompts, latents, timesteps, and the call of the transformer.
+"""What pipelines of diffusers have in common: prompts, latents and timesteps. Each has a file of its own.
 
 Letters: B rows, L tokens of a prompt, N patches of an image, C = channels * patch^2 numbers of a patch.
 """
@@ -15,17 +15,22 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel.encoders import resized
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.flow import stochastic_steps
+from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.sampling import shift_time
 from lvrpo.types import Image
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 Condition = Mapping[str, torch.Tensor]
-"""An encoded prompt, without a batch dimension."""
+"""An encoded prompt without a batch dimension: ``embeds`` (L, D) and what else the transformer takes.
+
+A batch of different lengths has a ``mask`` (B, L) besides, and edits have the latents ``source`` (B, N, C)."""
 ENCODED_PROMPTS = 256
 """Encoded prompts that are kept."""
 DECODED_PIXELS = 2**20
@@ -51,12 +56,15 @@ class FlowPipeline(ABC):
     """Whether the pipeline passes sigmas 1, 1 - 1/T, ... to its scheduler instead of a number of steps T."""
     max_shift: ClassVar[float] = 1.15
     """Default for schedulers with dynamic shifting that name no maximum."""
+    empty_prompt: ClassVar[str] = ""
+    """The prompt of the unguided branch."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
         """``pipe``: the pipeline of diffusers, read from ``folder``. Any: of an optional package."""
         self.pipe, self.folder = pipe, folder
         self.config: Any = pipe.transformer.config
         self._encoded: OrderedDict[str, Condition] = OrderedDict()
+        self._sources = LatentCache()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -118,8 +126,12 @@ class FlowPipeline(ABC):
         return self.collate(found, device)
 
     def collate(self, conditions: Sequence[Condition], device: torch.device) -> Condition:
-        """Conditions of one length as a batch."""
-        return {name: torch.stack([c[name] for c in conditions]).to(device) for name in conditions[0]}
+        """Conditions as a batch, see ``Condition``."""
+        batch = {name: pad_sequence([c[name] for c in conditions], True).to(device) for name in conditions[0]}
+        lengths = torch.tensor([len(c["embeds"]) for c in conditions])
+        if lengths.min() < lengths.max():
+            batch["mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        return batch
 
     def prompt_tokens(self) -> int:
         """L at most."""
@@ -137,11 +149,15 @@ class FlowPipeline(ABC):
         """Pixels along a side of a patch."""
         return int(self.pipe.vae_scale_factor) * self.patch
 
+    @property
+    def default_size(self) -> int:
+        """Side in pixels of an image that the pipeline draws by default."""
+        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+
     def grid(self, image_size: tuple[int, int] | None) -> Grid:
         """The patches of an image of (height, width) pixels (None: the pipeline's own); raises InputError."""
         if image_size is None:
-            side = int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
-            image_size = side, side
+            image_size = self.default_size, self.default_size
         height, width = image_size
         if height % self.stride or width % self.stride:
             raise InputError(
@@ -158,9 +174,29 @@ class FlowPipeline(ABC):
         at_once = max(1, DECODED_PIXELS // (grid[0] * grid[1] * self.stride**2))
         with torch.autocast(latents.device.type, enabled=False):
             for part in pixels.split(at_once):
-                images = vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+                images = self.decode_latents(part)
                 found += list(self.pipe.image_processor.postprocess(images, output_type="pt").float().cpu())
         return found
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] of latents (B, channels, height, width)."""
+        vae = self.pipe.vae
+        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode_source(self, image: Image, grid: Grid) -> torch.Tensor:
+        """Latents (N, C) of an image (3, H, W), resized to the size of the grid: the mean of the encoder's posterior.
+
+        Those of the images that were used last are kept.
+        """
+        return self._sources.get(image, grid, lambda image: self._encode_source(image, grid))
+
+    def _encode_source(self, image: Image, grid: Grid) -> torch.Tensor:
+        vae, (rows, columns) = self.pipe.vae, grid
+        pixels = 2 * resized(image, columns * self.stride, rows * self.stride)[None] - 1
+        with torch.autocast(vae.device.type, enabled=False):
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor, self.patch)[0]
 
     # --- times ---
 
@@ -214,116 +250,3 @@ def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
     B, channels, height, width = latents.shape
     cells = latents.view(B, channels, height // patch, patch, width // patch, patch)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, channels * patch**2)
-
-
-class StableDiffusion3(FlowPipeline):
-    """Stable Diffusion 3 and 3.5 (arXiv:2403.03206); the third text encoder may be absent."""
-
-    components = (
-        *("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        *("text_encoder_3", "tokenizer_3"),
-    )
-    optional = ("text_encoder_3", "tokenizer_3")
-    transformer_class = "SD3Transformer2DModel"
-    defaults = Sampling(num_steps=28, guidance_scale=7.0, solver="euler")
-    linear_sigmas = False
-    max_shift = 1.16
-
-    @property
-    def guidance(self) -> Literal["classifier_free"]:
-        return "classifier_free"
-
-    @property
-    def patch(self) -> int:
-        return int(self.config.patch_size)
-
-    def longest_prompt(self) -> tuple[Any, int]:
-        """T5 reads 256 tokens; without it CLIP's 77 are all."""
-        has_t5 = self.pipe.text_encoder_3 is not None
-        return (self.pipe.tokenizer_3, 256) if has_t5 else (self.pipe.tokenizer, self.pipe.tokenizer_max_length)
-
-    def prompt_tokens(self) -> int:
-        return self.pipe.tokenizer_max_length + 256
-
-    def grid(self, image_size: tuple[int, int] | None) -> Grid:
-        """See ``FlowPipeline.grid``; positions limit the size."""
-        grid, most = super().grid(image_size), int(self.config.pos_embed_max_size)
-        if max(grid) > most:
-            raise InputError(
-                f"image_size={[side * self.stride for side in grid]}: this model draws sides of up to "
-                f"{most * self.stride}: use less"
-            )
-        return grid
-
-    def encode_prompt(self, text: str) -> Condition:
-        device = self.pipe.text_encoder.device
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            text, None, None, device=device, do_classifier_free_guidance=False
-        )
-        return {"embeds": embeds[0], "pooled": pooled[0]}
-
-    def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
-        v = transformer(
-            hidden_states=unpack(x_t, grid, self.patch),
-            timestep=1000 * t,
-            encoder_hidden_states=condition["embeds"],
-            pooled_projections=condition["pooled"],
-            return_dict=False,
-        )[0]
-        return pack(v, self.patch)
-
-
-class Flux(FlowPipeline):
-    """FLUX.1: dev, whose guidance scale is an input, and schnell, which has no guidance."""
-
-    components = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    transformer_class = "FluxTransformer2DModel"
-    defaults = Sampling(num_steps=28, guidance_scale=3.5, solver="euler")
-
-    @property
-    def patch(self) -> int:
-        return 2
-
-    @property
-    def guidance(self) -> Literal["embedded", "none"]:
-        return "embedded" if self.config.guidance_embeds else "none"
-
-    def longest_prompt(self) -> tuple[Any, int]:
-        """512 tokens of T5."""
-        return self.pipe.tokenizer_2, 512
-
-    def encode_prompt(self, text: str) -> Condition:
-        embeds, pooled, _ = self.pipe.encode_prompt(text, device=self.pipe.text_encoder.device)
-        return {"embeds": embeds[0], "pooled": pooled[0]}
-
-    def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
-        rows = torch.arange(grid[0], device=x_t.device)
-        columns = torch.arange(grid[1], device=x_t.device)
-        places = torch.cartesian_prod(torch.zeros(1, device=x_t.device, dtype=rows.dtype), rows, columns)
-        length = condition["embeds"].shape[1]
-        return transformer(
-            hidden_states=x_t,
-            timestep=t,
-            guidance=None if scale is None else x_t.new_full((len(x_t),), scale, dtype=torch.float32),
-            pooled_projections=condition["pooled"],
-            encoder_hidden_states=condition["embeds"],
-            txt_ids=torch.zeros(length, 3, device=x_t.device, dtype=x_t.dtype),
-            img_ids=places.to(x_t.dtype),
-            return_dict=False,
-        )[0]

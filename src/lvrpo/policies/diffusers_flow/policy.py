@@ -1,4 +1,4 @@
-"""A text-to-image pipeline of diffusers as a policy: its transformer is trained, all other parts are frozen."""
+"""A flow-matching pipeline of diffusers as a policy: its transformer is trained, all other parts are frozen."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
     Group,
+    Image,
     Prompt,
     SegmentKind,
     SegmentLogprobs,
@@ -40,14 +41,16 @@ from lvrpo.types import (
 
 MAX_TOKENS = 32768
 """Tokens of prompts and images, over all branches of guidance, that go through the transformer at once."""
+Row = tuple[str, Image | None]
+"""The text of a prompt and its source image."""
 
 
 class DiffusersPolicy(AdaptablePolicy):
     """A flow-matching text-to-image pipeline of diffusers.
 
-    It draws from text alone. Its states are latents as the transformer takes them, in patches; a time is a sigma of the
-    scheduler. Both branches of classifier-free guidance are one batch, the unguided one has the empty prompt; where it
-    has no gradient, it is a pass of its own, in the rollout too.
+    It draws from text; ``DiffusersEditPolicy`` edits, too. Its states are latents as the transformer takes them, in
+    patches; a time is a sigma of the scheduler. Both branches of classifier-free guidance are one batch, the unguided
+    one has the empty prompt; where it has no gradient, it is a pass of its own, in the rollout too.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("flow",)
@@ -56,8 +59,8 @@ class DiffusersPolicy(AdaptablePolicy):
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"(?P<expert>transformer)\..*\.(attn|attn2|attention)\."
         r"(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)",
-        "mlp": r"(?P<expert>transformer)\.(.*\.(ff|ff_context)\.net\.(0\.proj|2)"
-        r"|single_transformer_blocks\.\d+\.(proj_mlp|proj_out))",
+        "mlp": r"(?P<expert>transformer)\.(.*\.(ff|ff_context|img_mlp|txt_mlp)\.net\.(0\.proj|2)"
+        r"|.*\.feed_forward\.w[123]|single_transformer_blocks\.\d+\.(proj_mlp|proj_out))",
     }
 
     def __init__(self, transformer: nn.Module, pipeline: FlowPipeline) -> None:
@@ -130,14 +133,15 @@ class DiffusersPolicy(AdaptablePolicy):
             unused.append("guidance_scale")
         for name in unused:
             if (value := getattr(sampling, name)) != getattr(default, name):  # fields of Sampling
-                reason = "draws from text alone" if name == "image_guidance_scale" else f"has {GUIDANCE[kind]}"
+                reason = "guides by text alone" if name == "image_guidance_scale" else f"has {GUIDANCE[kind]}"
                 raise InputError(f"{name}={value}: this model {reason}: use {getattr(default, name)}")
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """Every pass of an image includes the tokens of its prompt."""
+        """Every pass of an image includes the tokens of its prompt, and the patches of a source image."""
         image = trajectory.image
         patches = 0 if image is None else image[0].numel() // self.pipeline.stride**2
-        return TokenCounts(0, 0, patches + self.pipeline.prompt_tokens())
+        images = 1 + (_source(trajectory.prompt) is not None)
+        return TokenCounts(0, 0, images * patches + self.pipeline.prompt_tokens())
 
     # --- rollout ---
 
@@ -151,8 +155,8 @@ class DiffusersPolicy(AdaptablePolicy):
         grid = pipeline.grid(sampling.image_size)
         timesteps, shape = pipeline.timesteps(sampling, grid), (grid[0] * grid[1], pipeline.channels)
         members = [(prompt, m, seed) for prompt, seed in zip(prompts, seeds, strict=True) for m in range(size)]
-        found: list[Trajectory] = []
-        for part in self._cut(len(members), grid, guidance):
+        found: dict[int, Trajectory] = {}
+        for part in self._parts([prompt for prompt, _, _ in members], grid, guidance):
             own = [derive_seed(members[i][2], members[i][1]) for i in part]
             noise_seeds = [members[i][2] for i in part] if sampling.shared_noise else own
             noise, step_noise = draw_noise(
@@ -166,64 +170,80 @@ class DiffusersPolicy(AdaptablePolicy):
             flows = integrate(velocity, sampling, timesteps, noise.to(self.device), step_noise)
             segments = flow_segments(flows, pipeline.decode(flows.latents, grid), sampling)
             for i, segment, seed in zip(part, segments, own, strict=True):
-                found.append(Trajectory(members[i][0], members[i][1], (segment,), seed))
-        return [Group(prompt, tuple(found[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
+                found[i] = Trajectory(members[i][0], members[i][1], (segment,), seed)
+        return [
+            Group(prompt, tuple(found[i] for i in range(p * size, (p + 1) * size))) for p, prompt in enumerate(prompts)
+        ]
 
     def _check(self, prompt: Prompt) -> None:
         named = f"prompt {prompt.id!r}"
         if prompt.output != ("image",):
             raise InputError(f"{named}: this model draws and writes nothing: ask for an image alone")
-        if any(not isinstance(part, str) for part in prompt.parts):
+        images = sum(not isinstance(part, str) for part in prompt.parts)
+        if images and "edit" not in self.tasks:
             raise InputError(f"{named}: this model draws from text alone, not from a picture: leave the picture out")
+        if images > 1:
+            raise InputError(f"{named}: has {images} pictures: this model edits one: leave the others out")
         try:
             self.check_text(_text(prompt))
         except InputError as error:
             raise InputError(f"{named}: {error}") from None
 
-    def _cut(self, rows: int, grid: Grid, guidance: Guidance) -> list[range]:
-        """Rows in forward passes; sampling and replay are split alike, so that both compute the same bits."""
+    def _parts(self, prompts: Sequence[Prompt], grid: Grid, guidance: Guidance) -> list[list[int]]:
+        """Indices of the prompts of each forward pass, with a source image or without.
+
+        Sampling and replay are split alike, so that both compute the same bits.
+        """
         branches = 1 + (guidance.scale != 1 and self.pipeline.guidance == "classifier_free")
-        each = branches * (grid[0] * grid[1] + self.pipeline.prompt_tokens())
-        at_once = max(1, self.max_tokens // each)
-        return [range(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+        found = []
+        for images in (1, 2):
+            rows = [i for i, prompt in enumerate(prompts) if 1 + (_source(prompt) is not None) == images]
+            each = branches * (images * grid[0] * grid[1] + self.pipeline.prompt_tokens())
+            at_once = max(1, self.max_tokens // each)
+            found += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+        return found
 
     # --- velocities ---
 
     def _velocity_of(self, prompts: Sequence[Prompt], grid: Grid, guidance: Guidance) -> Velocity:
-        """The guided velocity of images after their prompts."""
-        texts = [_text(prompt) for prompt in prompts]
+        """The guided velocity of images after their prompts, all with a source image or none."""
+        rows = [_row(prompt) for prompt in prompts]
 
         def at_state(x_t: torch.Tensor, t: torch.Tensor, at: float) -> torch.Tensor:
             times = t.expand(len(x_t))
             if not guidance.active(at) or self.pipeline.guidance != "classifier_free":
-                return self._call(texts, x_t, times, grid, guidance.scale)
-            return self._guided(texts, x_t, times, grid, guidance)
+                return self._call(rows, x_t, times, grid, guidance.scale)
+            return self._guided(rows, x_t, times, grid, guidance)
 
         return at_state
 
     def _guided(
-        self, texts: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, guidance: Guidance
+        self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, guidance: Guidance
     ) -> torch.Tensor:
         """Both branches of classifier-free guidance, mixed: one pass, or two where one of them has no gradient."""
         if guidance.scale == 1:
-            return self._call(texts, x_t, t, grid, 1.0)
-        empty = [""] * len(texts)
+            return self._call(rows, x_t, t, grid, 1.0)
+        empty = self._without_text(rows)
         if guidance.detach_uncond:
-            v = self._call(texts, x_t, t, grid, 1.0)
+            v = self._call(rows, x_t, t, grid, 1.0)
             with guidance.unguided():
                 v_no_text = self._call(empty, x_t, t, grid, 1.0)
         else:
             both = torch.cat([x_t, x_t]), torch.cat([t, t])
-            v, v_no_text = self._call([*texts, *empty], *both, grid, 1.0).chunk(2)
+            v, v_no_text = self._call([*rows, *empty], *both, grid, 1.0).chunk(2)
         return guide(v, v_no_text, None, guidance.scale, 1.0, guidance.renorm, guidance.renorm_min)
 
-    def _call(self, texts: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+    def _without_text(self, rows: Sequence[Row]) -> list[Row]:
+        return [(self.pipeline.empty_prompt, source) for _, source in rows]
+
+    def _call(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """One pass of the transformer, float32 (B, N, C)."""
         dtype = self._weight.dtype
-        condition = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in self.pipeline.conditions(texts, self.device).items()
-        }
+        condition = dict(self.pipeline.conditions([text for text, _ in rows], self.device))
+        sources = [self.pipeline.encode_source(source, grid) for _, source in rows if source is not None]
+        if sources:
+            condition["source"] = torch.stack(sources).to(self.device)
+        condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         embedded = scale if self.pipeline.guidance == "embedded" else None
         with self.autocast():
             v = self.pipeline.velocity(self.transformer, x_t.to(dtype), t, condition, grid, embedded)
@@ -238,16 +258,18 @@ class DiffusersPolicy(AdaptablePolicy):
         """
         segment = _segment(trajectories[0])
         grid = self.pipeline.grid((segment.image.shape[1], segment.image.shape[2]))
-        texts = ["" if guidance_scale == 0 else _text(trajectory.prompt) for trajectory in trajectories]
+        prompts = [trajectory.prompt for trajectory in trajectories]
         guidance = Guidance(guidance_scale or 1.0, 1.0, "none")
-        found = []
-        for part in self._cut(len(texts), grid, guidance):
-            rows = slice(part.start, part.stop)
+        found: dict[int, torch.Tensor] = {}
+        for part in self._parts(prompts, grid, guidance):
+            rows = [_row(prompts[i]) for i in part]
+            rows = self._without_text(rows) if guidance_scale == 0 else rows
             if self.pipeline.guidance == "classifier_free":
-                found.append(self._guided(texts[rows], x_t[rows], t[rows], grid, guidance))
+                v = self._guided(rows, x_t[part], t[part], grid, guidance)
             else:
-                found.append(self._call(texts[rows], x_t[rows], t[rows], grid, guidance.scale))
-        return torch.cat(found)
+                v = self._call(rows, x_t[part], t[part], grid, guidance.scale)
+            found |= zip(part, v, strict=True)
+        return torch.stack([found[i] for i in range(len(prompts))])
 
     # --- replay ---
 
@@ -263,7 +285,7 @@ class DiffusersPolicy(AdaptablePolicy):
             first = _segment(trajectories[same[0]])
             guidance = guidance_of(first)
             grid = self.pipeline.grid((first.image.shape[1], first.image.shape[2]))
-            for part in self._cut(len(same), grid, guidance):
+            for part in self._parts([trajectories[i].prompt for i in same], grid, guidance):
                 chosen = [trajectories[same[k]] for k in part]
                 velocity = self._velocity_of([trajectory.prompt for trajectory in chosen], grid, guidance)
                 again = bool(self.transformer.is_gradient_checkpointing)
@@ -311,6 +333,12 @@ class DiffusersPolicy(AdaptablePolicy):
         return [part for part in parts if isinstance(part, nn.Module)]
 
 
+class DiffusersEditPolicy(DiffusersPolicy):
+    """A pipeline that also edits: the prompt has one source image, which is resized to the size of the drawing."""
+
+    tasks: tuple[TaskKind, ...] = ("generate", "edit")
+
+
 GUIDANCE: Mapping[str, str] = {
     "embedded": "a guidance scale as an input, and one branch",
     "none": "no guidance",
@@ -320,6 +348,14 @@ GUIDANCE: Mapping[str, str] = {
 
 def _text(prompt: Prompt) -> str:
     return " ".join(part for part in prompt.parts if isinstance(part, str))
+
+
+def _source(prompt: Prompt) -> Image | None:
+    return next((part for part in prompt.parts if not isinstance(part, str)), None)
+
+
+def _row(prompt: Prompt) -> Row:
+    return _text(prompt), _source(prompt)
 
 
 def _segment(trajectory: Trajectory) -> FlowSegment:
