@@ -400,7 +400,10 @@ def test_check_of_a_folder_and_of_sources_that_it_does_not_know(capfd: pytest.Ca
         (["pictures", "preset=labels", "--out", "a.png"], "exists already"),
         (["quickstart", "--out", "b.png"], "lvrpo data preview shows it"),
         (["pictures", "preset=lables", "--out", "b.png"], "did you mean labels?"),
-        (["nothing", "--out", "b.png"], "or the Hub id"),
+        (["nothing", "--out", "b.png"], "nothing: no such file or folder: check the path; an id on the Hub is OWNER"),
+        (["picturs", "--out", "b.png"], "picturs: no such file or folder: did you mean pictures?"),
+        (["pictures/cat", "--out", "b.png"], "pictures/cat: no such file or folder: "),
+        (["./nothing/here", "--out", "b.png"], "./nothing/here: no such file or folder: "),
     ):
         assert main(["data", "check", *arguments]) == 2
         assert message in capfd.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,13 +279,26 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: 
     same_scores(straight, Path("killed"))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:
+def test_a_run_without_a_checkpoint_starts_over_and_says_so(config: TrainConfig) -> None:
     with Trainer.start(config, Path("run")).run as run:
         run.append_metrics({"step": 0})
-    again = Trainer.resume(Path("run"))
+        run.append_metrics({"step": 1})
+    with pytest.warns(UserWarning, match="run: has no checkpoint: training starts again at step 0 and repeats 1 step$"):
+        again = Trainer.resume(Path("run"))
     with again.run:
         assert again.state.step == 0
         assert again.run.metrics() == []
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_left_as_it_is(config: TrainConfig, straight: Path) -> None:
+    shutil.copytree(straight, "run")
+    shutil.rmtree("run/checkpoints")
+    Path("run/summary.json").write_text("{}")
+    longer = config.model_copy(update={"steps": config.steps + 1})
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="has no checkpoint left to continue from: restore its checkpoints, or start"):
+        Trainer.resume(Path("run"), longer)
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +186,59 @@ def test_wandb_offline_writes_its_files() -> None:
     assert state["step"] == 2
 
 
+def send_twice(kind: str) -> tuple[Path, dict[str, Any]]:
+    """A run sent to a local store, in parts as over a resumption: the run, and the state of its tracker."""
+    for rows, summary in ((ROWS[:2], False), (ROWS, True)):
+        processes = process_of(write_run(rows, [{"kind": kind}], summary), kind, timeout_s=120)
+        processes.start()
+        (process,) = processes.processes
+        processes.close()
+        assert process.returncode == 0
+    return Path("myrun"), json.loads(Path(f"myrun/trackers/{kind}.json").read_text())
+
+
+def test_mlflow_keeps_a_run_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run, state = send_twice("mlflow")
+    assert {path.name for path in Path().iterdir()} == {"myrun"}
+    code = (
+        "import json, sys, mlflow\nclient = mlflow.MlflowClient(sys.argv[1])\n"
+        "(found,) = client.search_runs([client.get_experiment_by_name('lvrpo').experiment_id])\n"
+        "history = client.get_metric_history(found.info.run_id, 'reward/generate/a_b')\n"
+        "print(json.dumps([found.info.run_id, found.info.status, [[m.step, m.value] for m in history]]))"
+    )
+    store = f"sqlite:///{run.resolve()}/trackers/mlflow.db"
+    read = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
+    assert json.loads(read.stdout.splitlines()[-1]) == [state["id"], "FINISHED", [[1, 0.5], [2, 0.75]]]
+    kept = {f"{path.parent.name}/{path.name}" for path in (run / "trackers/mlflow").rglob("*.*") if path.is_file()}
+    assert kept == {
+        "artifacts/config.json",
+        "step_000001/grid.png",
+        "answers/step_000001.json",
+        "results/step_000002.json",
+    }
+
+
+def test_trackio_keeps_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(Path("store").resolve()))
+    _, state = send_twice("trackio")
+    with closing(sqlite3.connect("store/lvrpo.db")) as store:
+        found = store.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in found} == {state["id"]}
+    logged = [(step, json.loads(metrics)) for _, step, metrics in found]
+    assert [(step, m) for step, m in logged if not {"samples", "answers", "results"} & m.keys()] == [
+        (0, {"validation/generate": 0.25}),
+        (1, {"reward/generate/a:b": 0.5, "seconds": 3}),
+        (2, {"reward/generate/a:b": 0.75}),
+    ]
+    tables = {name: m[name]["_value"] for _, m in logged for name in ("answers", "results") if name in m}
+    assert [row["answer"] for row in tables["answers"]] == ["blue", "red"]
+    assert [(row["benchmark"], row["after"]) for row in tables["results"]] == [("generate", 0.5)]
+    assert len(list(Path("store/media").rglob("*.png"))) == 1
+
+
 class Stub(SimpleNamespace):
     """A library that keeps its calls."""
 
@@ -230,7 +285,6 @@ def test_mlflow_is_called_as_its_interface_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_trackio_is_called_as_its_interface_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pandas")
     config = parse_section(TrackioConfig, {"kind": "trackio", "space_id": "me/space"}, "t")
     state: dict[str, Any] = {}
     library = tracked("trackio", config, monkeypatch, state)
@@ -241,6 +295,7 @@ def test_trackio_is_called_as_its_interface_says(monkeypatch: pytest.MonkeyPatch
         "config": {"steps": 2},
         "resume": "allow",
         "space_id": "me/space",
+        "private": True,  # nothing public by accident
     }
     logged = library.named("log")
     assert logged[1] == ({"reward/generate/a:b": 0.5, "seconds": 3}, ("step", 1))
@@ -269,15 +324,36 @@ def test_a_tracker_that_is_down_says_so_once(
     run = write_run(ROWS, [{"kind": "trackio"}])
     processes = process_of(run, "trackio", timeout_s=30)
     processes.start()
-    processes.processes[0].wait(30)
-    began = time.monotonic()
+    (process,) = processes.processes
     processes.close()
-    assert time.monotonic() - began < 1
+    assert process.returncode == 1
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "warning: tracker trackio: ConnectionError: no route to host: the run continues without it" in err
-    assert "noise" in (run / "trackers/trackio.log").read_text()
+    assert "warning: tracker trackio: ConnectionError: no route to host: the run continues, and it is tried" in err
+    assert (run / "trackers/trackio.log").read_text().count("noise") == 2  # at its start, and when the run ended
+
+
+def test_a_tracker_that_is_back_gets_what_it_missed_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import pathlib\nsent = pathlib.Path('sent.txt')\nImage = Table = lambda *given, **named: None\n"
+        "def init(**given):\n    pass\ndef finish():\n    pass\n"
+        "def log(values, step):\n"
+        "    with sent.open('a') as file:\n        file.write(f'{step} {sorted(values)}\\n')\n"
+        "    if step == 1 and len(sent.read_text().splitlines()) == 2:\n        raise ConnectionError('gone')\n"
+    )
+    stub_package(monkeypatch, "trackio", code)
+    processes = process_of(write_run(ROWS, [{"kind": "trackio"}]), "trackio", timeout_s=30)
+    processes.start()
+    (process,) = processes.processes
+    processes.close()
+    assert process.returncode == 0
+    assert capfd.readouterr().err.count("\n") == 1
+    numbers = ["0 ['validation/generate']", *["1 ['reward/generate/a:b', 'seconds']"] * 2]
+    rest = ["1 ['samples']", "1 ['answers']", "2 ['reward/generate/a:b']", "2 ['results']"]
+    assert Path("sent.txt").read_text().splitlines() == [*numbers, *rest]
 
 
 def test_a_tracker_that_hangs_is_stopped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

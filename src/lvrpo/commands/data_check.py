@@ -100,6 +100,7 @@ def _read_data(source: str, overrides: list[str]) -> DataConfig:
             remedy = "lvrpo data preview shows it" if data.source == "scenes" else "give a source of rows"
             raise InputError(f"data.source={data.source}: only rows of jsonl and datasets are checked: {remedy}")
         return data
+    _require_source(source)
     if source.endswith(".jsonl") and not overrides and not glob.has_magic(source):
         return DataConfig(source="jsonl", jsonl=JsonlConfig(train=Path(source), check="pixels"))
     if os.path.isfile(source) or glob.has_magic(source):
@@ -108,6 +109,20 @@ def _read_data(source: str, overrides: list[str]) -> DataConfig:
         split = any(each.startswith(("train=", "validation=", "test=")) for each in overrides)
         named = [f"path={source}", *([] if split else ["train=train"])]
     return DataConfig(source="datasets", datasets=(load_config(DatasetConfig, None, [*named, *overrides]),))
+
+
+def _require_source(source: str) -> None:
+    """Raises InputError, without asking the Hub, for a name that can only be a file or folder that does not exist."""
+    from lvrpo.config_errors import nearest
+
+    folder, name = os.path.split(source)
+    if os.path.lexists(source) or glob.has_magic(source):
+        return
+    if source.count("/") == 1 and folder.strip(".") and not os.path.isdir(folder):
+        return  # OWNER/NAME
+    near = nearest(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else None
+    remedy = f"did you mean {os.path.join(folder, near)}?" if near else "check the path; an id on the Hub is OWNER/NAME"
+    raise InputError(f"{source}: no such file or folder: {remedy}")
 
 
 def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:

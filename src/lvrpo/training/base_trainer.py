@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -96,6 +97,12 @@ class BaseTrainer(ABC, Generic[C, S]):
         last = latest_checkpoint(self.run.path)
         if last is not None and checkpoint_step(last):
             self.state.load(last)
+        elif is_main() and (repeated := max((row["step"] for row in self.run.metrics()), default=0)):
+            steps = f"{repeated} step{'s' * (repeated > 1)}"
+            warnings.warn(
+                f"{self.run.path}: has no checkpoint: training starts again at step 0 and repeats {steps}",
+                stacklevel=2,
+            )
         self._prune()  # a killed process may have left old checkpoints
         self.run.truncate_metrics(self.state.step or -1)
 

@@ -31,7 +31,7 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import SIDES
 from lvrpo.sampling import derive_seed
-from lvrpo.training.checkpoint import fingerprint
+from lvrpo.training.checkpoint import fingerprint, latest_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, is_large_model, require_memory
 from lvrpo.training.memory_estimate import estimate_memory
@@ -183,6 +183,11 @@ def _saved_config(run: RunDirectory, requested: TrainConfig | None) -> TrainConf
             f"steps={requested.steps}: {run.path} has {saved.steps}, and a run can only be made longer: give more"
         )
     if requested is not None and requested.steps > saved.steps:
+        if run.read_summary() is not None and latest_checkpoint(run.path) is None:
+            raise InputError(
+                f"steps={requested.steps}: {run.path} has no checkpoint left to continue from: restore its checkpoints, "
+                "or start another run"
+            )
         if (run.path / "baseline").exists():
             raise InputError(
                 f"steps={requested.steps}: {run.path} is compared with a baseline of as much compute: start another "

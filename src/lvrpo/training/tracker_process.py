@@ -24,6 +24,8 @@ from lvrpo.training.trackers import FOLDER, MlflowConfig, TensorBoardConfig, Tra
 
 POLL_S = 1.0
 """Seconds between two looks at the files."""
+RETRY_S = 30.0
+"""Seconds after which a tracker that failed is connected again."""
 ANSWERS = ("task", "prompt", "right answer", "member", "answer", "success", "rewards")
 RESULTS = ("benchmark", "before", "after", "difference", "low", "high")
 
@@ -118,7 +120,8 @@ class TrackioTracker:
     def __init__(self, config: TrackioConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
         self.library = importlib.import_module("trackio")
         name = state.setdefault("id", f"{run.name}-{os.urandom(3).hex()}")
-        where = {} if config.space_id is None else {"space_id": config.space_id}
+        # a Space that does not exist is created, by default for everybody to read
+        where = {} if config.space_id is None else {"space_id": config.space_id, "private": True}
         self.library.init(project=config.project, name=name, config=dict(settings), resume="allow", **where)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -128,8 +131,8 @@ class TrackioTracker:
         self.library.log({name: self.library.Image(str(file))}, step=step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        frame = importlib.import_module("pandas").DataFrame(list(rows), columns=list(columns))
-        self.library.log({name: self.library.Table(dataframe=frame)}, step=step)
+        table = self.library.Table(columns=list(columns), data=[list(row) for row in rows])
+        self.library.log({name: table}, step=step)
 
     def finish(self) -> None:
         self.library.finish()
@@ -139,9 +142,15 @@ class MlflowTracker:
     """MLflow, whose names have letters, digits, _, -, ., / and spaces."""
 
     def __init__(self, config: MlflowConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
+        # the library would repeat a request for minutes without a word; a later connection sends what is missing
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.library = importlib.import_module("mlflow")
-        local = f"sqlite:///{(run / FOLDER / 'mlflow.db').resolve()}"
-        self.library.set_tracking_uri(config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local)
+        self.library.end_run()  # of a connection that was lost
+        folder, server = (run / FOLDER).resolve(), config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self.library.set_tracking_uri(server or f"sqlite:///{folder / 'mlflow.db'}")
+        if server is None and self.library.get_experiment_by_name(config.experiment) is None:
+            # the default is a folder mlruns in the current folder
+            self.library.create_experiment(config.experiment, (folder / "mlflow").as_uri())
         self.library.set_experiment(config.experiment)
         known = {"run_id": state["id"]} if "id" in state else {"run_name": run.name}
         state["id"] = self.library.start_run(**known).info.run_id
@@ -191,8 +200,8 @@ class Follower:
         self.run, self.tracker, self.state = run, tracker, state
         self._offset = 0
 
-    def send_new(self) -> bool:
-        """Sends new content; returns whether there was any."""
+    def send_new(self, keep: Callable[[], object] = lambda: None) -> bool:
+        """Sends new content, and calls ``keep`` after each step; returns whether there was any."""
         sent = False
         for row in self._rows():
             step = int(row["step"])
@@ -201,6 +210,7 @@ class Follower:
                 self.tracker.scalars(step, numbers)
                 self._samples(step)
                 self.state["step"] = step
+                keep()
                 sent = True
         return self._summary() or sent
 
@@ -243,7 +253,8 @@ class Follower:
         for name, after in summary.get("after", {}).items():
             before, change = (summary.get(part, {}).get(name, {}) for part in ("before", "difference"))
             rows.append((name, before.get("score"), after["score"], *(change.get(k) for k in ("score", "low", "high"))))
-        self.tracker.table(max(self.state.get("step", 0), 0), "results", RESULTS, rows)
+        if rows:  # none without an evaluation
+            self.tracker.table(max(self.state.get("step", 0), 0), "results", RESULTS, rows)
         self.state["summary"] = digest
         return True
 
@@ -253,7 +264,7 @@ def follow(follower: Follower, keep: Callable[[], None], ended: Callable[[], boo
     keep()
     while True:
         last = ended()
-        if follower.send_new():
+        if follower.send_new(keep):
             keep()
         if last:
             follower.tracker.finish()
@@ -268,32 +279,49 @@ def _write(file: Path, text: str) -> None:
 
 
 def main(run: Path, kind: str) -> int:
-    """The process: 0 when the run has ended and all is sent, 1, after one line, when the tracker failed."""
+    """The process: 0 when the run has ended and all is sent, 1 when something could not be sent.
+
+    The first failure prints one line; then the tracker is connected again every ``RETRY_S``, silently, until the run ends.
+    """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     console = os.dup(2)
     log = os.open(folder / f"{kind}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)  # libraries print as they like
-    file = folder / f"{kind}.json"
+    ended, warned = False, False
+    while True:
+        try:
+            _send(run, kind)
+            return 0
+        except Exception as error:  # of libraries, the network, the disk: the run goes on
+            importlib.import_module("traceback").print_exc()
+            words = " ".join(describe_error(error).split())[:200]
+            later = f"the run continues, and it is tried again every {RETRY_S:g} s (see {folder / f'{kind}.log'})"
+            if not warned:
+                os.write(console, f"warning: tracker {kind}: {words}: {later}\n".encode())
+            if ended:
+                return 1
+            ended, warned = _run_ended(RETRY_S), True
+
+
+def _run_ended(seconds: float) -> bool:
+    """Whether the standard input is closed, at once or within so many seconds."""
+    return bool(select.select([0], [], [], seconds)[0])
+
+
+def _send(run: Path, kind: str) -> None:
+    """Connects the tracker and follows the run to its end; raises any error of the library."""
+    file = run / FOLDER / f"{kind}.json"
+    settings = read_yaml(run / "config.yaml")
+    section = next(each for each in settings["trackers"] if each["kind"] == kind)
+    config_class, tracker_class = CLASSES[kind]
+    state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    tracker = tracker_class(parse_section(config_class, section, f"trackers.{kind}"), run, settings, state)
     try:
-        settings = read_yaml(run / "config.yaml")
-        section = next(each for each in settings["trackers"] if each["kind"] == kind)
-        config_class, tracker_class = CLASSES[kind]
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        tracker = tracker_class(parse_section(config_class, section, f"trackers.{kind}"), run, settings, state)
-        follow(
-            Follower(run, tracker, state),
-            lambda: _write(file, json.dumps(state)),
-            lambda: bool(select.select([0], [], [], POLL_S)[0]),
-        )
-    except Exception as error:  # of libraries, the network, the disk: the run goes on
-        importlib.import_module("traceback").print_exc()
-        words = " ".join(describe_error(error).split())[:300]
-        line = f"warning: tracker {kind}: {words}: the run continues without it (see {folder / f'{kind}.log'})\n"
-        os.write(console, line.encode())
-        return 1
-    return 0
+        follow(Follower(run, tracker, state), lambda: _write(file, json.dumps(state)), lambda: _run_ended(POLL_S))
+    finally:
+        _write(file, json.dumps(state))  # a failure in the middle: what was sent before it is not sent again
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Each tracker is a process that follows the files of the run directory, in which everything stands (``metrics.jsonl``,
 ``samples/``, ``summary.json``), and sends on what is new. The run does nothing for it in a step and never waits for it;
-a tracker that fails is given up with one line. The tracker keeps in ``trackers/KIND.json`` which run of its own it
-continues, and what it has sent.
+a tracker that fails says so in one line, and is connected again until the run ends. It keeps in ``trackers/KIND.json``
+which run of its own it continues, and what it has sent.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TrackioConfig(TrackerConfig):
     project: Text = "lvrpo"
     """Name of the project; the run in it has the name of its folder."""
     space_id: Text | None = None
-    """A Space such as user/name; null: on this machine."""
+    """A Space such as user/name, private if it has to be created; null: on this machine."""
 
 
 class MlflowConfig(TrackerConfig):
@@ -74,7 +74,7 @@ class MlflowConfig(TrackerConfig):
     experiment: Text = "lvrpo"
     """The experiment of the run, which has the name of its folder."""
     tracking_uri: Text | None = None
-    """Address of the server, such as http://host:5000; null: MLFLOW_TRACKING_URI, else a file in RUN/trackers."""
+    """Address of the server, such as http://host:5000; null: MLFLOW_TRACKING_URI, else files in RUN/trackers."""
 
     @model_validator(mode="after")
     def _is_an_address(self) -> MlflowConfig:
