@@ -296,7 +296,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_left_as_it_is(config: Trai
     Path("run/summary.json").write_text("{}")
     longer = config.model_copy(update={"steps": config.steps + 1})
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="has no checkpoint left to continue from: restore its checkpoints, or start"):
+    with pytest.raises(InputError, match="has no checkpoints left to continue from: restore them, or start another"):
         Trainer.resume(Path("run"), longer)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 

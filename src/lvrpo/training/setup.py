@@ -185,8 +185,8 @@ def _saved_config(run: RunDirectory, requested: TrainConfig | None) -> TrainConf
     if requested is not None and requested.steps > saved.steps:
         if run.read_summary() is not None and latest_checkpoint(run.path) is None:
             raise InputError(
-                f"steps={requested.steps}: {run.path} has no checkpoint left to continue from: restore its checkpoints, "
-                "or start another run"
+                f"steps={requested.steps}: {run.path} has no checkpoints left to continue from: restore them, or "
+                "start another run"
             )
         if (run.path / "baseline").exists():
             raise InputError(

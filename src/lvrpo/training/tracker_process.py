@@ -281,7 +281,7 @@ def _write(file: Path, text: str) -> None:
 def main(run: Path, kind: str) -> int:
     """The process: 0 when the run has ended and all is sent, 1 when something could not be sent.
 
-    The first failure prints one line; then the tracker is connected again every ``RETRY_S``, silently, until the run ends.
+    The first failure prints one line; then the tracker is connected again every ``RETRY_S`` until the run ends.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
