@@ -232,9 +232,9 @@ def matrices(steps: int) -> dict[str, Any]:
     d.shard(model)
     calls: list[tuple[int, ...]] = []
 
-    def counted(matrix: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(matrix.shape))
-        return orthogonalize(matrix)
+    def counted(matrices: torch.Tensor) -> torch.Tensor:
+        calls.extend([tuple(matrices.shape[1:])] * len(matrices))
+        return orthogonalize(matrices)
 
     optimizer = d.ShardedMuon(list(model.parameters()), counted, lr=0.1, weight_decay=0.01)
     for step in range(steps):

@@ -16,8 +16,8 @@ class ShardedMuon(torch.optim.Muon):
         B <- mu B + (1 - mu) G,  U <- orthogonalize(mu B + (1 - mu) G)
         W <- (1 - lr * weight_decay) W - lr * sqrt(max(1, M / N)) U
 
-    Differs from torch's: ``orthogonalize``, (M, N) -> (M, N), is an argument, and each whole matrix is computed by one
-    rank (``map_matrices_``). For equal gradients the step is bitwise that of one process. All ranks call ``step``, with
+    Differs from torch's: ``orthogonalize``, (B, M, N) -> (B, M, N), is an argument, and each whole matrix is computed by
+    one rank (``map_matrices_``). For equal gradients the step is bitwise that of one process. All ranks call ``step``, with
     gradients of the same parameters. Source: https://kellerjordan.github.io/posts/muon
     """
 
@@ -33,16 +33,21 @@ class ShardedMuon(torch.optim.Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, group in updated:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            gradient, momentum = local(p.grad), local(self.state[p]["momentum_buffer"])
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            gradient.lerp_(momentum, group["momentum"])
-        map_matrices_(self.orthogonalize, [p.grad for p, _ in updated])
-        for p, group in updated:
-            weight = local(p.detach())
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(local(p.grad), alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+        of_groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        updated = [(group, parameters) for group, parameters in of_groups if parameters]
+        for group, parameters in updated:
+            for p in parameters:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            gradients = [local(p.grad) for p in parameters]
+            momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, momenta, group["momentum"])
+        map_matrices_(self.orthogonalize, [p.grad for _, parameters in updated for p in parameters])
+        for group, parameters in updated:
+            torch._foreach_mul_([local(p.detach()) for p in parameters], 1 - group["lr"] * group["weight_decay"])
+            for aspect in {p.shape[0] / p.shape[1] for p in parameters}:
+                alike = [p for p in parameters if p.shape[0] / p.shape[1] == aspect]
+                weights, steps = [local(p.detach()) for p in alike], [local(p.grad) for p in alike]
+                torch._foreach_add_(weights, steps, alpha=-group["lr"] * max(1.0, aspect) ** 0.5)
         return loss

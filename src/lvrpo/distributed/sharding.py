@@ -238,21 +238,30 @@ def gradient_norms(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, fl
 
 # --- whole matrices ---
 
+TOGETHER_BYTES = 16 << 20
+"""Unsharded matrices of one shape are passed to a function in batches of at most this size."""
+
 
 @torch.no_grad()
 def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Sequence[torch.Tensor]) -> None:
     """``matrix <- function(matrix)`` in place, each matrix computed by one rank.
 
-    ``function``: (M, N) -> (M, N). ``matrices``: sharded by rows as by ``shard``; every rank computes unsharded ones.
-    Batches of ``world_size`` matrices of similar size are exchanged by one all-to-all before and one after
+    ``function``: (B, M, N) -> (B, M, N). ``matrices``: sharded by rows as by ``shard``; every rank computes unsharded
+    ones, those of one shape together. Batches of ``world_size`` matrices of similar size are exchanged by one all-to-all before and one after
     ``function``. Offloaded shards pass through the GPU.
     """
     sharded: list[DTensor] = []
+    whole: dict[torch.Size, list[torch.Tensor]] = {}
     for matrix in matrices:
         if isinstance(matrix, DTensor):
             sharded.append(matrix)
         else:
-            matrix.copy_(function(matrix))
+            whole.setdefault(matrix.shape, []).append(matrix)
+    for alike in whole.values():
+        together = max(1, TOGETHER_BYTES // alike[0].nbytes)
+        for first in range(0, len(alike), together):
+            part = alike[first : first + together]
+            torch._foreach_copy_(part, function(torch.stack(part)).unbind())
     sharded.sort(key=lambda matrix: (-matrix.numel(), *matrix.shape))  # stable: the same on all ranks
     for first in range(0, len(sharded), world_size()):
         _map_batch_(function, sharded[first : first + world_size()])
@@ -268,7 +277,7 @@ def _map_batch_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Sequ
     incoming = outgoing.new_empty(sum(received))
     _all_to_all(incoming, outgoing, received, sent)
     if mine is not None:
-        incoming = function(incoming.view(mine.shape)).to(incoming.dtype).reshape(-1)
+        incoming = function(incoming.view(1, *mine.shape)).to(incoming.dtype).reshape(-1)
     _all_to_all(outgoing, incoming, sent, received)
     for shard, rows in zip(shards, outgoing.split([shard.numel() for shard in shards]), strict=True):
         shard.copy_(rows.view(shard.shape))

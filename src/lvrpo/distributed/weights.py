@@ -102,12 +102,12 @@ class WeightSets:
     @torch.no_grad()
     def lerp(self, name: str, decay: float) -> None:
         """``set <- decay * set + (1 - decay) * policy`` on the shards: an exponential moving average (EMA)."""
-        for key, fast in self[POLICY].items():
-            slow = local(self.sets[name][key])
-            if decay == 0:
-                slow.copy_(local(fast.detach()))
-            else:
-                slow.lerp_(local(fast.detach()), 1 - decay)
+        slow = [local(tensor) for tensor in self.sets[name].values()]
+        fast = [local(self[POLICY][key]) for key in self.sets[name]]
+        if decay == 0:
+            torch._foreach_copy_(slow, fast)
+        else:
+            torch._foreach_lerp_(slow, fast, 1 - decay)
 
     @torch.no_grad()
     def copy(self, name: str, source: str) -> None:

@@ -78,14 +78,27 @@ def image_problem(trajectory: Trajectory, judge: object = None) -> str | None:
 
     ``judge``: the model that reads it; a policy may read images of one size only.
     """
-    image = trajectory.image
-    if image is None:
-        return "nothing was drawn"
+    return image_problems([trajectory], judge)[0]
+
+
+def image_problems(trajectories: Sequence[Trajectory], judge: object = None) -> list[str | None]:
+    """``image_problem`` of each; on a GPU one wait for all."""
+    images = [trajectory.image for trajectory in trajectories]
+    drawn = [image for image in images if image is not None]
+    # one pass over each: nan and inf are kept by the maximum
+    largest = iter(torch.stack(torch._foreach_norm(drawn, math.inf)).tolist() if drawn else [])
     side = getattr(judge, "image_size", None)  # a judge that is no policy reads any size
-    if side is not None and tuple(image.shape[1:]) != (side, side):
-        return f"a picture of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}"
-    finite = math.isfinite(image.abs().amax())  # one pass: nan and inf are kept by the maximum
-    return None if finite else "the picture holds values that are no numbers"
+    problems: list[str | None] = []
+    for image in images:
+        if image is None:
+            problems.append("nothing was drawn")
+            continue
+        finite = math.isfinite(next(largest))
+        if side is not None and tuple(image.shape[1:]) != (side, side):
+            problems.append(f"a picture of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}")
+        else:
+            problems.append(None if finite else "the picture holds values that are no numbers")
+    return problems
 
 
 def logprob_problem(value: float) -> str | None:
@@ -152,7 +165,7 @@ def judge_fingerprint(judge: object) -> str:
     values = []
     for key, tensor in judge.state_dict().items():
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.reshape(-1)
         values.append(flat[:: max(1, flat.numel() // SAMPLED)].float())
     if values:
         digest.update(torch.cat(values).cpu().numpy().tobytes())

@@ -229,7 +229,7 @@ class Instruction(Config):
             return Scores(values, failures)
         failures, readable = {}, []
         for p, group in enumerate(groups):
-            problems = [unverifiable(trajectory) for trajectory in group.trajectories]
+            problems = unverifiable(group.trajectories)
             failures |= {(p, g): problem for g, problem in enumerate(problems) if problem}
             kept = (t for t, problem in zip(group.trajectories, problems, strict=True) if not problem)
             readable.append(Group(group.prompt, tuple(kept)))

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from lvrpo.config import Config, NonNegative
 from lvrpo.data.base import world_of
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Scores, first_problem, image_problem, join_judges, probabilities
+from lvrpo.rewards.base import Scores, first_problem, image_problems, join_judges, probabilities
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -126,8 +126,9 @@ class SelfVQA(Config):
         facts_of: dict[tuple[int, int], slice] = {}
         for p, group in enumerate(groups):
             facts = self._questions(group.prompt)
-            for g, trajectory in enumerate(group.trajectories):
-                image, problem = trajectory.image, image_problem(trajectory, reader)
+            broken = image_problems(group.trajectories, reader)
+            for g, (trajectory, problem) in enumerate(zip(group.trajectories, broken, strict=True)):
+                image = trajectory.image
                 if image is None or problem or not facts:
                     failures[p, g] = problem or missing.get(p, NO_QUESTION)
                     continue

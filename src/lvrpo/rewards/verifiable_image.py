@@ -15,7 +15,7 @@ from lvrpo.data.base import world_of
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Judge
 from lvrpo.registry import resolve
-from lvrpo.rewards.base import Scores, image_problem, score_each
+from lvrpo.rewards.base import Scores, image_problem, image_problems, score_each
 from lvrpo.rewards.questions import text_of
 from lvrpo.types import Fact, Group, Image, Prompt, Trajectory
 
@@ -158,10 +158,11 @@ class SceneFacts(Config):
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         results = iter(fact_table(groups))
+        problems = iter(unverifiable([trajectory for group in groups for trajectory in group.trajectories]))
 
         def score(trajectory: Trajectory) -> float | str:
             holds = next(results)
-            return unverifiable(trajectory) or self._value(trajectory.prompt.facts, holds)
+            return next(problems) or self._value(trajectory.prompt.facts, holds)
 
         return score_each(groups, score)
 
@@ -192,8 +193,8 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
         return results
     results = [[False] * len(t.prompt.facts) for t in trajectories]
     alike: dict[tuple[str, torch.Size], list[int]] = {}
-    for i, trajectory in enumerate(trajectories):
-        if trajectory.image is not None and unverifiable(trajectory) is None:
+    for i, (trajectory, problem) in enumerate(zip(trajectories, unverifiable(trajectories), strict=True)):
+        if trajectory.image is not None and problem is None:
             alike.setdefault((trajectory.prompt.world, trajectory.image.shape), []).append(i)
     for (world, _), places in alike.items():
         images = [image for i in places if (image := trajectories[i].image) is not None]
@@ -204,9 +205,10 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
     return results
 
 
-def unverifiable(trajectory: Trajectory) -> str | None:
-    """The reason why the verifier cannot read the last picture of a trajectory; None if it can."""
-    image, problem = trajectory.image, image_problem(trajectory)
-    if image is None or problem:
-        return problem
-    return world_of(trajectory.prompt.world).unreadable(image)
+def unverifiable(trajectories: Sequence[Trajectory]) -> list[str | None]:
+    """Per trajectory, the reason why the verifier cannot read its last picture; None if it can."""
+    return [
+        problem if image is None or problem else world_of(trajectory.prompt.world).unreadable(image)
+        for trajectory, problem in zip(trajectories, image_problems(trajectories), strict=True)
+        for image in [trajectory.image]
+    ]

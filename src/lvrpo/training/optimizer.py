@@ -22,21 +22,21 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalize(matrix: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
-    """Newton-Schulz: roughly U V^T of a matrix U S V^T, in the dtype of the input.
+def orthogonalize(matrices: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """Newton-Schulz: roughly U V^T of each matrix U S V^T, in the dtype of the input.
 
         X <- X / |X|_F,  then 5 times  X <- a X + (b A + c A^2) X  with A = X X^T
 
-    ``matrix`` (M, N) -> (M, N). Source: https://kellerjordan.github.io/posts/muon
+    ``matrices`` (B, M, N) -> (B, M, N). Source: https://kellerjordan.github.io/posts/muon
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=eps)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(ShardedMuon):
@@ -152,9 +152,7 @@ class Optimizers:
         norms = gradient_norms(self.experts)
         for expert, norm in norms.items():
             factor = torch.clamp(self.config.clip_norm / (torch.tensor(norm) + 1e-6), max=1.0)
-            for parameter in self.experts[expert]:
-                if parameter.grad is not None:
-                    local(parameter.grad).mul_(factor)
+            torch._foreach_mul_([local(p.grad) for p in self.experts[expert] if p.grad is not None], factor)
         if all(norm == norm and norm < float("inf") for norm in norms.values()):
             rate = self.rate(step) * scale
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
@@ -204,11 +202,11 @@ def eight_bit_library() -> Any:
 @torch.no_grad()
 def update_ema(ema: nn.Module, policy: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * policy, parameter by parameter."""
-    for slow, fast in zip(ema.parameters(), policy.parameters(), strict=True):
-        if decay == 0:
-            slow.copy_(fast)
-        else:
-            slow.lerp_(fast, 1 - decay)
+    slow, fast = list(ema.parameters()), list(policy.parameters())
+    if decay == 0:
+        torch._foreach_copy_(slow, fast)
+    else:
+        torch._foreach_lerp_(slow, fast, 1 - decay)
 
 
 @torch.no_grad()

@@ -164,7 +164,8 @@ def exact_gelu(parity: Any, patch: Patch) -> None:
 def base_of_other_models(parity: Any, patch: Patch) -> None:
     inv_freq = parity.policy.transformer.inv_freq
     other = parity.policy.config.transformer.rope_theta / 100
-    inv_freq.copy_(other ** (-torch.arange(0, 2 * len(inv_freq), 2) / (2 * len(inv_freq))))
+    wrong = other ** (-torch.arange(0, len(inv_freq), 2) / len(inv_freq))
+    inv_freq.copy_(torch.cat([-wrong, wrong]))
 
 
 MISTAKES: list[tuple[Callable[[Any, Patch], None], str]] = [

@@ -61,15 +61,18 @@ class Attend(Protocol):
     def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskedAttention:
     """All rows in one call."""
 
     cache: Cache
     mask: torch.Tensor | None
-    """bool (B, 1, L, S + L); None: every token attends to all others and to the whole context."""
+    """(B, 1, L, S + L), bool until the first layer, then added to the scores; None: every token attends to all others
+    and to the whole context."""
 
     def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.mask is not None and self.mask.dtype == torch.bool:  # else torch converts it in every layer
+            self.mask = torch.zeros_like(self.mask, dtype=q.dtype).masked_fill_(~self.mask, -torch.inf)
         before = [part.layer(i) for part in self.cache.parts]
         k = torch.cat([*(keys for keys, _ in before), k], dim=1)
         v = torch.cat([*(values for _, values in before), v], dim=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.nn.attention import sdpa_kernel
@@ -107,10 +108,14 @@ def score_text(
     logits = runner.encoders.text_logits(selected)
     # temperature 0 is scored at temperature 1
     chosen, entropy = token_scores(logits, torch.tensor(targets, device=device), temperature, allowed)
-    logprobs, entropies = chosen.split(counts), entropy.split(counts)
     order = [places[key] for key in keys]
     extended = hidden.cache.select(order) if closed else hidden.cache
-    return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
+    order.reverse()  # gradients of equal texts are summed at once, those of the last row first
+    starts = [0, *accumulate(counts)]
+    repeated = torch.tensor([k for i in order for k in range(starts[i], starts[i + 1])], device=device)
+    counts = [counts[i] for i in order]
+    logprobs, entropies = (scores.index_select(0, repeated).split(counts)[::-1] for scores in (chosen, entropy))
+    return TextScores(list(logprobs), list(entropies), extended)
 
 
 def text_logits(runner: ModelRunner, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
@@ -155,9 +160,8 @@ class Decoder:
         with sdpa_kernel(TEXT_KERNELS):
             for i, layer in enumerate(transformer.layers):
                 assert isinstance(layer, Layer)
-                q, k, v = layer.reading.queries_keys_values(x)
-                roped = rotate(torch.cat([q, k], dim=1), cos, sin).to(v.dtype)
-                q, k = roped.split([config.heads, config.key_heads], dim=1)
+                heads, v = layer.reading.queries_keys_values(x)
+                q, k = rotate(heads, cos, sin).to(v.dtype).split([config.heads, config.key_heads], dim=1)
                 keys, values = self._append(i, k, v)
                 mask = mask if mask is None else mask.to(v.dtype)
                 x = layer.reading.feed_forward(x, attention(q[:, None], keys, values, mask).flatten(1))

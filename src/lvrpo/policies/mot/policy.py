@@ -177,7 +177,7 @@ class MoTPolicy(AdaptablePolicy):
                 noise_seeds = [one.prompt_seed for one in members] if sampling.shared_noise else member_seeds
                 flows = flow_sampler.sample_flow(
                     runner,
-                    self._branches(cache.select(owner), [prompt_rows[p] for p in of_prompt], sampling),
+                    self._branches(cache.spread(owner), [prompt_rows[p] for p in of_prompt], sampling),
                     sampling,
                     noise_seeds=[derive_seed(s, "noise") for s in noise_seeds],
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],

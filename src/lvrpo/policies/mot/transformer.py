@@ -193,15 +193,14 @@ class Expert(nn.Module):
         nn.init.zeros_(self.o_proj.weight)  # every layer starts as the identity
         nn.init.zeros_(self.down_proj.weight)
 
-    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, D) -> (N, H, E), (N, K, E), (N, K, E), q and k normed per head."""
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, D) -> queries before keys, normed per head, (N, H + K, E), and values (N, K, E)."""
         config = self.config
         h = self.input_norm(x)
         dtype = self.q_norm.weight.dtype  # under autocast the heads are normed, and roped, at that of the weights
         q = self.q_norm(self.q_proj(h).to(dtype).unflatten(-1, (config.heads, -1)))
         k = self.k_norm(self.k_proj(h).to(dtype).unflatten(-1, (config.key_heads, -1)))
-        v = self.v_proj(h).unflatten(-1, (config.key_heads, -1))
-        return q, k, v
+        return torch.cat([q, k], dim=1), self.v_proj(h).unflatten(-1, (config.key_heads, -1))
 
     def feed_forward(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Residual stream (N, D) and attention output (N, H * E) -> residual stream (N, D)."""
@@ -236,8 +235,9 @@ class MoT(nn.Module):
         # explicitly on the CPU: a model built on the meta device still has its frequencies
         steps = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu")
         inv_freq = config.rope_theta ** (-steps / head_width)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq", torch.cat([-inv_freq, inv_freq]), persistent=False)
         self.inv_freq: torch.Tensor
+        """float32 (E,): radians per rope id, negated in the first half of a head: see ``rotate``."""
 
     def empty_cache(self, batch_size: int) -> Cache:
         """The cache of ``batch_size`` rows without tokens."""
@@ -268,15 +268,15 @@ class MoT(nn.Module):
             def run(
                 reading: torch.Tensor, drawing: torch.Tensor, layer: Layer = layer, i: int = i
             ) -> tuple[torch.Tensor, ...]:
-                q, k, v = self._project(layer, reading, drawing, packing)
-                q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+                heads, v = self._project(layer, reading, drawing, packing)
+                q, k = rotate(heads, cos, sin).to(v.dtype).split([self.config.heads, self.config.key_heads], dim=2)
                 cells = packing.reading_cells
                 if outputs is not None and i == len(self.layers) - 1:
                     reading, drawing = reading.index_select(0, outputs), drawing[:0]
                     cells = cells.index_select(0, outputs)
                     if not len(reading):
                         return reading, drawing, k, v
-                attended = attend(i, q, k, v).flatten(0, 1).flatten(1)  # (B * L, H * E)
+                attended = attend(i, q, k, v).reshape(packing.batch_size * packing.length, -1)  # (B * L, H * E)
                 if len(reading):
                     reading = layer.reading.feed_forward(reading, _cells(attended, cells))
                 if len(drawing):
@@ -303,7 +303,7 @@ class MoT(nn.Module):
     def _project(
         self, layer: Layer, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing
     ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of both blocks on the (B, L) grid."""
+        """What both experts' ``queries_keys_values`` return, on the (B, L) grid."""
         blocks = []
         if len(reading):
             blocks.append(layer.reading.queries_keys_values(reading))
@@ -340,10 +340,8 @@ class MoT(nn.Module):
 
     def rotation(self, rope_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for ``rotate`` at rope ids (B, L), (B, L, 1, E) each."""
-        angles = rope_ids[..., None].float() * self.inv_freq
-        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        first, second = angles.sin().chunk(2, dim=-1)
-        return angles.cos(), torch.cat([-first, second], dim=-1)
+        angles = rope_ids[..., None, None] * self.inv_freq
+        return angles.cos(), angles.sin()
 
 
 def _cells(grid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

@@ -121,17 +121,15 @@ def token_grid(policy: RolloutPolicy, trajectories: Sequence[Trajectory], kind: 
     lengths = torch.tensor(tokens).repeat_interleave(torch.tensor(rows))
     valid = torch.arange(max(tokens)) < lengths[:, None]
     device = now[0][0].device
-    # the last trajectory first: gradients of equal texts, which share their log-probs, are summed in this order
-    sizes = [count * length for count, length in zip(rows, tokens, strict=True)]
-    cells = torch.cat(valid.flatten().nonzero()[:, 0].split(sizes)[::-1]).to(device)
+    cells = valid.flatten().nonzero()[:, 0].to(device)
     valid = valid.to(device)
 
     def grid(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """The segments of each trajectory, each (L,) or (R, L), in R rows, zero at padding."""
         if parts[0][0].ndim == 1:
-            flat = torch.cat([part for own in reversed(parts) for part in own])
+            flat = torch.cat([part for own in parts for part in own])
         else:
-            flat = torch.cat([torch.cat(list(own), dim=1).flatten() for own in reversed(parts)])
+            flat = torch.cat([torch.cat(list(own), dim=1).flatten() for own in parts])
         flat = flat.to(device)
         return flat.new_zeros(valid.numel()).index_copy(0, cells, flat).view(valid.shape)
 
