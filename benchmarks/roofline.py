@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/roofline.py [--part PART ...] [--device cpu] [--repeats 5] [--against REVISION]
 
-FLOPs are those of matmuls, attention and convolutions, forward and backward, as torch counts them. Seconds are of one
+FLOPs are those of matmuls, attention and convolutions, forward and backward, as torch counts them. Operators are all
+that torch dispatches, kernels those of them that are no views. Counted is the second call of a part. Seconds are of one
 thread of the processor, or on a GPU until it is done. Rates and parts are measured in turn; medians are printed.
 
 ``--against``: instead, the seconds of each part in a revision of git and in this tree, each in a process of its own, in
@@ -50,12 +51,13 @@ PARTS = (
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that are called, and those that read a number from the device."""
+    """Counts the operators that are called, those that are no views, and those that read a number from the device."""
 
-    count = reads = 0
+    count = kernels = reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += 1
+        self.kernels += not func.is_view
         self.reads += "_local_scalar_dense" in str(func)
         return func(*args, **(kwargs or {}))
 
@@ -151,9 +153,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
-    print(f"{'part':18} {'GFLOP':>8} {'seconds':>8} {'GFLOP/s':>8} {'of matmul':>9} {'operators':>9} {'reads':>6}")
+    print(
+        f"{'part':18} {'GFLOP':>8} {'seconds':>8} {'GFLOP/s':>8} {'of matmul':>9} "
+        f"{'operators':>9} {'kernels':>7} {'reads':>6}"
+    )
     rates, copies = [], []
     for name, call in parts_of(device, options.part):
+        call()
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as flops, Operators() as operators:
             call()
         taken, own = [], []
@@ -165,7 +171,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         rates += own
         print(
             f"{name:18} {total:8.1f} {median:8.3f} {total / median:8.1f} {total / median / rate:9.0%} "
-            f"{operators.count:9} {operators.reads:6}",
+            f"{operators.count:9} {operators.kernels:7} {operators.reads:6}",
             flush=True,
         )
     print(f"matmul {SIDE} x {SIDE} x {SIDE} in {dtype}: {statistics.median(rates):.1f} GFLOP/s")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import _foreach_add_, _foreach_lerp_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]  # of torch.optim
 
 from lvrpo.distributed.sharding import local, map_matrices_
 
@@ -16,9 +17,9 @@ class ShardedMuon(torch.optim.Muon):
         B <- mu B + (1 - mu) G,  U <- orthogonalize(mu B + (1 - mu) G)
         W <- (1 - lr * weight_decay) W - lr * sqrt(max(1, M / N)) U
 
-    Differs from torch's: ``orthogonalize``, (B, M, N) -> (B, M, N), is an argument, and each whole matrix is computed by
-    one rank (``map_matrices_``). For equal gradients the step is bitwise that of one process. All ranks call ``step``, with
-    gradients of the same parameters. Source: https://kellerjordan.github.io/posts/muon
+    Differs from torch's: ``orthogonalize``, (B, M, N) -> (B, M, N), is an argument, and each whole matrix is computed
+    by one rank (``map_matrices_``). For equal gradients the step is bitwise that of one process. All ranks call
+    ``step``, with gradients of the same parameters. Source: https://kellerjordan.github.io/posts/muon
     """
 
     def __init__(self, params: Any, orthogonalize: Callable[[torch.Tensor], torch.Tensor], **options: Any) -> None:
@@ -41,13 +42,13 @@ class ShardedMuon(torch.optim.Muon):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             gradients = [local(p.grad) for p in parameters]
             momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            torch._foreach_lerp_(gradients, momenta, group["momentum"])
+            _foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            _foreach_lerp_(gradients, momenta, group["momentum"])
         map_matrices_(self.orthogonalize, [p.grad for _, parameters in updated for p in parameters])
         for group, parameters in updated:
-            torch._foreach_mul_([local(p.detach()) for p in parameters], 1 - group["lr"] * group["weight_decay"])
+            _foreach_mul_([local(p.detach()) for p in parameters], 1 - group["lr"] * group["weight_decay"])
             for aspect in {p.shape[0] / p.shape[1] for p in parameters}:
                 alike = [p for p in parameters if p.shape[0] / p.shape[1] == aspect]
                 weights, steps = [local(p.detach()) for p in alike], [local(p.grad) for p in alike]
-                torch._foreach_add_(weights, steps, alpha=-group["lr"] * max(1.0, aspect) ** 0.5)
+                _foreach_add_(weights, steps, alpha=-group["lr"] * max(1.0, aspect) ** 0.5)
         return loss

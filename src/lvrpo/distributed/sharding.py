@@ -17,7 +17,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import (
+    _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]  # of torch.optim
+    nn,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -247,8 +250,8 @@ def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Se
     """``matrix <- function(matrix)`` in place, each matrix computed by one rank.
 
     ``function``: (B, M, N) -> (B, M, N). ``matrices``: sharded by rows as by ``shard``; every rank computes unsharded
-    ones, those of one shape together. Batches of ``world_size`` matrices of similar size are exchanged by one all-to-all before and one after
-    ``function``. Offloaded shards pass through the GPU.
+    ones, those of one shape together. Batches of ``world_size`` matrices of similar size are exchanged by one
+    all-to-all before and one after ``function``. Offloaded shards pass through the GPU.
     """
     sharded: list[DTensor] = []
     whole: dict[torch.Size, list[torch.Tensor]] = {}
@@ -261,7 +264,7 @@ def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Se
         together = max(1, TOGETHER_BYTES // alike[0].nbytes)
         for first in range(0, len(alike), together):
             part = alike[first : first + together]
-            torch._foreach_copy_(part, function(torch.stack(part)).unbind())
+            _foreach_copy_(part, function(torch.stack(part)).unbind())
     sharded.sort(key=lambda matrix: (-matrix.numel(), *matrix.shape))  # stable: the same on all ranks
     for first in range(0, len(sharded), world_size()):
         _map_batch_(function, sharded[first : first + world_size()])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import _foreach_copy_, _foreach_lerp_, nn  # pyright: ignore[reportPrivateImportUsage]  # of torch.optim
 from torch.distributed.tensor import DTensor
 
 from lvrpo.distributed.collectives import gather
@@ -105,9 +105,9 @@ class WeightSets:
         slow = [local(tensor) for tensor in self.sets[name].values()]
         fast = [local(self[POLICY][key]) for key in self.sets[name]]
         if decay == 0:
-            torch._foreach_copy_(slow, fast)
+            _foreach_copy_(slow, fast)
         else:
-            torch._foreach_lerp_(slow, fast, 1 - decay)
+            _foreach_lerp_(slow, fast, 1 - decay)
 
     @torch.no_grad()
     def copy(self, name: str, source: str) -> None:

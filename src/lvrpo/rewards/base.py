@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import nn
+from torch import (
+    _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]  # of torch.optim
+    nn,
+)
 from torch.distributed.fsdp import FSDPModule
 
 from lvrpo.policies.base import Judge
@@ -86,7 +89,7 @@ def image_problems(trajectories: Sequence[Trajectory], judge: object = None) -> 
     images = [trajectory.image for trajectory in trajectories]
     drawn = [image for image in images if image is not None]
     # one pass over each: nan and inf are kept by the maximum
-    largest = iter(torch.stack(torch._foreach_norm(drawn, math.inf)).tolist() if drawn else [])
+    largest = iter(torch.stack(_foreach_norm(drawn, math.inf)).tolist() if drawn else [])
     side = getattr(judge, "image_size", None)  # a judge that is no policy reads any size
     problems: list[str | None] = []
     for image in images:

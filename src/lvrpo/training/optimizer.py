@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import _foreach_copy_, _foreach_lerp_, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]  # of torch.optim
 
 from lvrpo.config import Config, NonNegative
 from lvrpo.distributed import ShardedMuon, gradient_norms, local
@@ -152,7 +152,7 @@ class Optimizers:
         norms = gradient_norms(self.experts)
         for expert, norm in norms.items():
             factor = torch.clamp(self.config.clip_norm / (torch.tensor(norm) + 1e-6), max=1.0)
-            torch._foreach_mul_([local(p.grad) for p in self.experts[expert] if p.grad is not None], factor)
+            _foreach_mul_([local(p.grad) for p in self.experts[expert] if p.grad is not None], factor)
         if all(norm == norm and norm < float("inf") for norm in norms.values()):
             rate = self.rate(step) * scale
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
@@ -202,11 +202,12 @@ def eight_bit_library() -> Any:
 @torch.no_grad()
 def update_ema(ema: nn.Module, policy: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * policy, parameter by parameter."""
-    slow, fast = list(ema.parameters()), list(policy.parameters())
+    slow: list[torch.Tensor] = list(ema.parameters())
+    fast: list[torch.Tensor] = list(policy.parameters())
     if decay == 0:
-        torch._foreach_copy_(slow, fast)
+        _foreach_copy_(slow, fast)
     else:
-        torch._foreach_lerp_(slow, fast, 1 - decay)
+        _foreach_lerp_(slow, fast, 1 - decay)
 
 
 @torch.no_grad()

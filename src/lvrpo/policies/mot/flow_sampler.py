@@ -47,7 +47,7 @@ def velocity(
     ``grid`` None: the default grid.
     """
     noise = runner.noise(grid or runner.encoders.default_grid(None))
-    hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False)
+    hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False, outputs="drawing")
     return runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
 
 
@@ -55,7 +55,8 @@ def velocity_and_features(
     runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``velocity``, and the drawing expert's states (B, N, D) after ``layer`` layers."""
-    hidden = runner.run([(runner.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True, extend=False)
+    rows = [(runner.noise(grid),)] * len(x_t)
+    hidden = runner.run(rows, cache, (x_t, t), keep_layers=True, extend=False, outputs="drawing")
     v = runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
     return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -107,12 +107,12 @@ class ModelRunner:
         noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep_layers: bool = False,
         extend: bool = True,
-        outputs: torch.Tensor | None = None,
+        outputs: torch.Tensor | Literal["drawing"] | None = None,
     ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
 
-        Without ``extend`` the cache is unchanged. ``outputs``: indices of the reading tokens to return states of; None:
-        all tokens of both experts.
+        Without ``extend`` the cache is unchanged. ``outputs``: indices of the reading tokens to return states of, or
+        the latent tokens; None: all tokens of both experts.
         """
         packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]

@@ -161,9 +161,9 @@ class Hidden:
     """Output of the transformer."""
 
     reading: torch.Tensor
-    """(Nr, D), normed; with ``outputs`` (n, D), and ``drawing`` is empty."""
+    """(Nr, D), normed; with ``outputs`` (n, D) or empty."""
     drawing: torch.Tensor
-    """(Nd, D), normed."""
+    """(Nd, D), normed; with ``outputs`` of reading tokens empty."""
     cache: Cache
     """The cache, with these rows where ``extend`` is set."""
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -251,13 +251,13 @@ class MoT(nn.Module):
         cache: Cache,
         keep_layers: bool = False,
         extend: bool = True,
-        outputs: torch.Tensor | None = None,
+        outputs: torch.Tensor | Literal["drawing"] | None = None,
     ) -> Hidden:
         """Runs new rows after their contexts.
 
         reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
         Without ``extend`` the cache stays as it is, as in a step of a flow. ``outputs``: int64 (n,), the reading tokens
-        to return states of; the last layer computes no others. None: all tokens of both blocks.
+        to return states of, or the drawing block; the last layer computes no others. None: all tokens of both blocks.
         """
         attend = self._attention_of(packing, cache)
         cos, sin = self.rotation(cache.rope[:, None] + packing.rope_ids)
@@ -272,9 +272,12 @@ class MoT(nn.Module):
                 q, k = rotate(heads, cos, sin).to(v.dtype).split([self.config.heads, self.config.key_heads], dim=2)
                 cells = packing.reading_cells
                 if outputs is not None and i == len(self.layers) - 1:
-                    reading, drawing = reading.index_select(0, outputs), drawing[:0]
-                    cells = cells.index_select(0, outputs)
-                    if not len(reading):
+                    if isinstance(outputs, str):
+                        reading = reading[:0]
+                    else:
+                        reading, drawing = reading.index_select(0, outputs), drawing[:0]
+                        cells = cells.index_select(0, outputs)
+                    if not len(reading) and not len(drawing):
                         return reading, drawing, k, v
                 attended = attend(i, q, k, v).reshape(packing.batch_size * packing.length, -1)  # (B * L, H * E)
                 if len(reading):
@@ -298,7 +301,9 @@ class MoT(nn.Module):
         if extend:
             part = CachePart(tuple(keys), tuple(values), packing.row_lengths, tuple(range(packing.batch_size)))
             extended = Cache((*cache.parts, part), cache.rope + packing.rope_advance)
-        return Hidden(self.reading_norm(reading), self.drawing_norm(drawing), extended, tuple(layers))
+        reading = self.reading_norm(reading) if len(reading) else reading
+        drawing = self.drawing_norm(drawing) if len(drawing) else drawing
+        return Hidden(reading, drawing, extended, tuple(layers))
 
     def _project(
         self, layer: Layer, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing
