@@ -355,6 +355,7 @@ def test_the_judge_of_geneval_vqa(rows: list[data.GenEvalRow]) -> None:
     assert confidences[0, 0].tolist() == pytest.approx([0.6 / 0.65])
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_file_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "geneval"
     folder.mkdir()
@@ -416,3 +417,5 @@ def test_every_published_benchmark_is_listed_with_what_it_needs(capsys: pytest.C
     assert main(["benchmarks"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in (*PUBLISHED, "--detector", "MIT", "2310.11513"))
+    assert "553 prompts, 4 pictures each" in listed
+    assert f"{round(553 * 4 * 11.7 / 60)} minutes" in listed

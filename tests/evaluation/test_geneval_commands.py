@@ -43,7 +43,7 @@ TINY_ROWS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_data(tmp_path: Path, few_prompts: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two prompts of the built-in world as if they were the official ones, with questions in its words."""
     (tmp_path / "geneval").mkdir()
     path = written(tmp_path / "geneval", TINY_ROWS)

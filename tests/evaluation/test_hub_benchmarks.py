@@ -63,6 +63,7 @@ def opened(name: str, data: Path) -> Any:
     return content(find_benchmarks([name], inputs=BenchmarkInputs(data)))
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_data_set_gives_the_prompts_of_the_official_files(tmp_path: Path) -> None:
     official = tmp_path / "official" / "t2i_compbench"
     official.mkdir(parents=True)
@@ -88,6 +89,7 @@ def test_rows_of_one_table_are_told_apart_by_their_ids(tmp_path: Path, monkeypat
     assert n == 6
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_an_id_or_the_word_hub_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = compbench(tmp_path / "t2i_compbench")
     asked: list[str] = []

@@ -44,7 +44,7 @@ class Draws:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, few_prompts: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     module = types.ModuleType("somebodys_reader")
     vars(module).update(Reads=Reads)
     monkeypatch.setitem(sys.modules, "somebodys_reader", module)

@@ -39,7 +39,7 @@ a,A red cup on a table,,4,"1,3",relation,spatial,x,Is the cup on the table?
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path, few_prompts: None) -> Path:
     for name in ("geneval2", "dpg"):
         (tmp_path / name).mkdir()
     (tmp_path / "geneval2" / vqa.GENEVAL2_FILE).write_text(json.dumps(ROW) + "\n")
@@ -76,6 +76,27 @@ def results(data: Path, level: float, name: str, vlm: Path | None = None) -> Any
     judge: Any = Reads()
     benchmarks = find_benchmarks([name], inputs=BenchmarkInputs(data, vlm=vlm))
     return evaluate(policy, benchmarks, options=EvaluationOptions(0, judge=judge)).results()
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([ROW] * 799, "geneval2: holds 799 prompts, .* official version 800 prompts, 669b30703f73: get all of it"),
+        ([ROW] * 800, "geneval2: holds 800 prompts, .* official version 800 prompts, 669b30703f73"),
+    ],
+)
+def test_a_file_that_is_not_the_official_one_is_refused(tmp_path: Path, rows: list[Any], says: str) -> None:
+    file = tmp_path / "geneval2" / vqa.GENEVAL2_FILE
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=says):
+        find_benchmarks(["geneval2"], inputs=BenchmarkInputs(tmp_path))
+
+
+def test_a_table_without_all_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / vqa.DPG_FILE).write_text(TABLE)
+    with pytest.raises(InputError, match="dpg: .*: holds 1 prompts, .* official version 1065 prompts: get all of it"):
+        find_benchmarks(["dpg"], inputs=BenchmarkInputs(tmp_path))
 
 
 def test_soft_tifa_by_hand(data: Path) -> None:

@@ -74,6 +74,8 @@ def resumable(out: Path | None) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted: repeat the command to continue from {out}") from None
 
 
+SECONDS_PER_PICTURE = 11.7
+"""docs/results/bagel_gpu.md."""
 GENEVAL_FAMILY = ("geneval", "geneval_vqa")
 
 
@@ -118,16 +120,22 @@ def list_benchmarks(options: Options) -> None:
 
     for name in PUBLISHED:
         found = resolve("benchmark", name, PUBLISHED)
-        print(f"{name}: {found.size}, license: {found.license}")
+        drawn = "a picture" if found.samples == 1 else f"{found.samples} pictures"
+        print(f"{name}: {found.prompts} prompts, {drawn} each, license: {found.license}")
         folder = f"DIR/{found.folder or found.name}/"
         rows = {
             "source": found.source,
             "--data DIR": folder + ", ".join(found.files),
             "--data hub": found.hub.id if found.hub else "-",
             "judge": found.needs,
+            "time": f"{found.minutes(SECONDS_PER_PICTURE)} minutes, and the judge's",
         }
         for head, text in rows.items():
             print(f"  {head:<11} {text}")
+    print(
+        f"time: of drawing all pictures on one H100 at {SECONDS_PER_PICTURE} s each, measured with the shape of BAGEL-7B "
+        "(1024 x 1024, 49 guided steps); n GPUs take an n-th of it"
+    )
     print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl")
 
 

@@ -120,11 +120,12 @@ BENCHMARK = PublishedBenchmark(
     "t2i_compbench",
     "github.com/Karine-Huang/T2I-CompBench, examples/dataset (T2I-CompBench++, arXiv:2307.06350)",
     FILES,
-    "2400 prompts, 10 pictures each",
+    2400,
     NEEDS,
     "MIT",
     build,
     read_prompts,
+    SAMPLES,
     hub=HUB,
 )
 """Attributes, relations, numbers and whole sentences by one judge; the official experts are others."""

@@ -214,22 +214,24 @@ GENEVAL = PublishedBenchmark(
     "geneval",
     SOURCE,
     (METADATA,),
-    "553 prompts, 4 pictures each",
+    553,
     "--detector FOLDER, --color-classifier FOLDER (Mask2Former and CLIP ViT-L/14 are the official ones)",
     "MIT",
     build_geneval,
     read_prompts,
+    SAMPLES,
 )
 """The official protocol, on any detector of transformers."""
 GENEVAL_VQA = PublishedBenchmark(
     "geneval_vqa",
     SOURCE,
     (METADATA,),
-    "553 prompts, 4 pictures each",
+    553,
     "nothing: the model's own reading side, or --judge MODEL",
     "MIT",
     build_geneval_vqa,
     read_prompts,
+    SAMPLES,
     folder="geneval",
 )
 """Exact questions that follow from the metadata, for the frozen judge; not comparable with published numbers."""

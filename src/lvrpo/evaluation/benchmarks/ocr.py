@@ -66,10 +66,11 @@ BENCHMARK = PublishedBenchmark(
     "ocr",
     "github.com/yifan123/flow_grpo, dataset/ocr (arXiv:2505.05470)",
     (PROMPTS,),
-    "1017 prompts, a picture each",
+    1018,
     "nothing: PP-OCR (pip install 'lvrpo[ocr]')",
     "MIT",
     build,
     read_prompts,
+    digest="4dd8caf3ab6a",
 )
 """The share of the requested text that a reader finds; flow_grpo's own scorer counts differently."""

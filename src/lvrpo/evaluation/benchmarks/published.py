@@ -47,8 +47,8 @@ class PublishedBenchmark:
     """Paper and address."""
     files: tuple[str, ...]
     """What its folder holds, in the official layout."""
-    size: str
-    """Prompts, and pictures drawn."""
+    prompts: int
+    """How many the official files hold."""
     needs: str
     """Who judges, and the options that name it."""
     license: str
@@ -57,13 +57,20 @@ class PublishedBenchmark:
     """Of its folder."""
     read: Callable[[Path], Sequence[Prompt]]
     """The prompts of a file in its format, official or not, with their facts."""
+    samples: int = 1
+    """Pictures per prompt."""
+    digest: str = ""
+    """Of the official prompts, as in ``Benchmark.details``; "": they are counted alone."""
     folder: str = ""
     """Name of its folder; "": that of the benchmark."""
     hub: HubData | None = None
     """A data set of the Hub with the same rows; None: lvrpo knows none."""
 
     def open(self, inputs: BenchmarkInputs) -> list[Benchmark]:
-        """The benchmark of the files in ``inputs.data``, or of a data set; raises InputError where neither is there."""
+        """The benchmark of the files in ``inputs.data``, or of a data set.
+
+        Raises InputError where neither is there, and for prompts that are not the official ones.
+        """
         needed = (
             " and ".join(self.files) if len(self.files) <= SHOWN else f"{self.files[0]} and {len(self.files) - 1} more"
         )
@@ -77,11 +84,11 @@ class PublishedBenchmark:
         tried = (inputs.data / folder, inputs.data)
         found = next((each for each in tried if all((each / file).exists() for file in self.files)), None)
         if found is not None:
-            return self.build(found, inputs)
+            return self._official(self.build(found, inputs), str(found))
         name = hub_id(inputs.data, self.hub) or next((str(each) for each in tried if holds_tables(each)), None)
         if name is not None and self.hub is not None:
             with official_files(self.hub, name, self.name) as made:
-                return self.build(made, inputs)
+                return self._official(self.build(made, inputs), name)
         if not inputs.data.exists() and str(inputs.data) == KEYWORD:
             raise InputError(
                 f"benchmark {self.name}: lvrpo knows no data set of the Hub for it: get {needed} from {self.source} "
@@ -90,3 +97,18 @@ class PublishedBenchmark:
         raise InputError(
             f"benchmark {self.name}: {inputs.data}: holds no {needed}, nor {folder}/ with it: get it from {self.source}"
         )
+
+    def minutes(self, seconds: float) -> int:
+        """Minutes that all pictures take at so many seconds each."""
+        return round(self.prompts * self.samples * seconds / 60)
+
+    def _official(self, built: list[Benchmark], where: str) -> list[Benchmark]:
+        expected = f"{self.prompts} prompts, {self.digest}"
+        for benchmark in built:
+            held = benchmark.details["data"]
+            if benchmark.n != self.prompts or expected not in held:
+                raise InputError(
+                    f"benchmark {self.name}: {where}: holds {held}, the official version {expected.rstrip(', ')}: get "
+                    f"all of it from {self.source}; prompts of your own: lvrpo data benchmark"
+                )
+        return built

@@ -178,6 +178,7 @@ def _build_geneval2(name: str, mean: Combine, folder: Path, inputs: BenchmarkInp
 
 
 DPG_FILE = "dpg_bench.csv"
+DPG_SAMPLES = 4
 DPG_COLUMNS = ("item_id", "text", "proposition_id", "dependency", "category_broad", "question_natural_language")
 
 
@@ -233,7 +234,7 @@ def build_dpg(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     """The prompts, four pictures each."""
     prompts, parents = read_dpg(folder / DPG_FILE)
     scorer = QuestionScorer(lambda prompt, answers: dpg_score(parents[prompt.id], answers), inputs.vlm, inputs.device)
-    return [question_benchmark("dpg", prompts, scorer, samples=4)]
+    return [question_benchmark("dpg", prompts, scorer, samples=DPG_SAMPLES)]
 
 
 def question_benchmark(
@@ -262,11 +263,12 @@ GENEVAL2 = PublishedBenchmark(
     "geneval2",
     "github.com/facebookresearch/GenEval2 (arXiv:2512.16853)",
     (GENEVAL2_FILE,),
-    "800 prompts, a picture each",
+    800,
     NEEDS,
     "CC BY-NC 4.0",
     partial(_build_geneval2, "geneval2", geometric_mean),
     read_geneval2,
+    digest="669b30703f73",
 )
 """Soft-TIFA with the geometric mean, for whole prompts."""
 GENEVAL2_AM = replace(
@@ -280,10 +282,11 @@ DPG = PublishedBenchmark(
     "dpg",
     "github.com/TencentQQGYLab/ELLA, dpg_bench (arXiv:2403.05135)",
     (DPG_FILE,),
-    "1065 prompts, 4 pictures each",
+    1065,
     NEEDS,
     "Apache-2.0",
     build_dpg,
     lambda path: read_dpg(path)[0],
+    DPG_SAMPLES,
 )
 """Dense prompts, whose questions depend on each other."""
