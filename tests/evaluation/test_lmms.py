@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 import types
 from collections.abc import Sequence
@@ -151,11 +152,79 @@ def test_pictures_stand_where_the_text_has_places_for_them(policy: Policy, docs:
         made._parts("x", [{"video": "a.mp4"}])
 
 
+class Counts:
+    """A policy that counts what it samples and stops at a chosen call."""
+
+    def __init__(self, policy: Policy, last: int | None = None) -> None:
+        self.policy, self.last, self.calls = policy, last, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def sample(self, *given: Any) -> Any:
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return self.policy.sample(*given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("generate_until", "understand"),
+        ("generate_until", "generate"),
+        ("loglikelihood", "understand"),
+        ("generate_until_multi_round", "understand"),
+        ("generate_visual_cot", "understand"),
+    ],
+)
+def test_answers_are_kept_and_an_interrupted_task_goes_on(
+    policy: Policy, docs: list[dict[str, Any]], tmp_path: Path, kind: str, mode: Any
+) -> None:
+    def rounds(doc: Any, previous_output: Sequence[str], round_idx: int, previous_round_info: Any) -> Any:
+        return visual(doc), doc["question"], round_idx == 2, [*previous_output], None
+
+    more = {"generate_until": (), "loglikelihood": (), "generate_until_multi_round": (rounds,)}.get(kind, ())
+    told = ("red",) if kind == "loglikelihood" else ({"max_new_tokens": 4},)
+    shown = visual if mode == "understand" else None
+    asked = "[GEN_PROMPT]two red circles[/GEN_PROMPT] [QUESTION]{}[/QUESTION]" if kind.endswith("cot") else "{}"
+    asked = "two red circles" if mode == "generate" and kind == "generate_until" else asked
+    requests = [Request((asked.format(d["question"]), *told, shown, *more, i, "t", "test")) for i, d in enumerate(docs)]
+    if kind == "generate_until_multi_round":
+        requests = [replace(r, args=(r.args[0], r.args[1], visual, *r.args[3:])) for r in requests]
+
+    def ask(last: int | None, file: Path | None) -> tuple[Any, int]:
+        counted: Any = Counts(policy, last)
+        options = {"mode": mode, "num_steps": 1, "output_dir": tmp_path / "pictures", "answers": file}
+        try:
+            return getattr(answers(counted, docs, **options), kind)(requests), counted.calls
+        except KeyboardInterrupt:
+            return None, counted.calls
+
+    whole, calls = ask(None, None)
+    file, last = tmp_path / "answers.jsonl", random.Random(kind + mode).randrange(1, calls)
+    assert ask(last, file) == (None, last)
+    with file.open("a") as torn:
+        torn.write('{"0')  # what a killed process leaves
+    resumed, further = ask(None, file)
+    assert resumed == whole
+    assert further <= calls - last + 1  # a sketch is drawn again with its answer
+    assert ask(0, file) == (whole, 0)
+    for picture in list(tmp_path.glob("pictures/*"))[:1]:
+        picture.unlink()
+        assert ask(None, file)[1] == (kind == "generate_until")
+    file.write_text("[]\n")
+    with pytest.raises(InputError, match="delete the file"):
+        ask(None, file)
+
+
 def test_options_that_do_not_fit_are_one_line(policy: Policy) -> None:
     with pytest.raises(InputError, match="mode='draw': must be one of understand, generate, edit"):
         Options(mode="draw")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(InputError, match="batch_size=0"):
         Options(batch_size=0)
+    with pytest.raises(InputError, match="temperature=nan: must be a number >= 0"):
+        Options(temperature=float("nan"))
     reads = types.SimpleNamespace(tasks=("understand", "reason"))
     with pytest.raises(InputError, match="mode=generate: this model does understand, reason alone"):
         Answers(reads, Options(mode="generate"))  # type: ignore[arg-type]  # what a policy that draws nothing says

@@ -95,7 +95,7 @@ def test_a_file_that_is_not_the_official_one_is_refused(tmp_path: Path, rows: li
 
 def test_a_table_without_all_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / vqa.DPG_FILE).write_text(TABLE)
-    with pytest.raises(InputError, match="dpg: .*: holds 1 prompts, .* official version 1065 prompts: get all of it"):
+    with pytest.raises(InputError, match=r"dpg: .*: holds 1 prompts, .* official version 1065 prompts: get all of it"):
         find_benchmarks(["dpg"], inputs=BenchmarkInputs(tmp_path))
 
 

@@ -243,7 +243,7 @@ def test_rows_of_another_form_are_named(tmp_path: Path, change: dict[str, Any], 
 
 def test_a_shortened_version_is_refused(tmp_path: Path) -> None:
     write_wise(tmp_path / "wise", replace(LEGACY, categories={n: ids[:3] for n, ids in LEGACY.categories.items()}))
-    with pytest.raises(InputError, match="wise: holds 18 prompts, .* official version 1000 prompts: get all of it"):
+    with pytest.raises(InputError, match=r"wise: holds 18 prompts, .* official version 1000 prompts: get all of it"):
         find_benchmarks(["wise"], inputs=BenchmarkInputs(tmp_path))
     (tmp_path / "wise" / LEGACY.files[2]).write_text("[]")
     with pytest.raises(InputError, match=r"natural_science\.json: has no prompts"):

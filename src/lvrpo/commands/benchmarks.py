@@ -133,7 +133,7 @@ def list_benchmarks(options: Options) -> None:
         for head, text in rows.items():
             print(f"  {head:<11} {text}")
     print(
-        f"time: of drawing all pictures on one H100 at {SECONDS_PER_PICTURE} s each, measured with the shape of BAGEL-7B "
+        f"time: of drawing all on one H100 at {SECONDS_PER_PICTURE} s each, measured with the shape of BAGEL-7B "
         "(1024 x 1024, 49 guided steps); n GPUs take an n-th of it"
     )
     print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl")

@@ -99,7 +99,7 @@ class ItemStore:
 def _join_parts(folder: Path) -> None:
     """Appends the whole lines of the parts to ``items.jsonl``, of which a line that is not whole is cut off."""
     parts = sorted(folder.glob(PART.format(rank="*")))
-    texts = [_whole_lines(path) for path in (folder / ITEMS, *parts)]
+    texts = [whole_lines(path) for path in (folder / ITEMS, *parts)]
     if parts or texts[0] != _text(folder / ITEMS):
         write_atomic(folder / ITEMS, "".join(texts).encode())
     for part in parts:
@@ -110,7 +110,8 @@ def _text(path: Path) -> str:
     return read_text(path, "restore it, or choose another folder") if os.path.lexists(path) else ""
 
 
-def _whole_lines(path: Path) -> str:
+def whole_lines(path: Path) -> str:
+    """The text of a file up to its last line end; "" where there is no file."""
     text = _text(path)
     return text[: text.rfind("\n") + 1]
 
@@ -183,7 +184,7 @@ class ItemFolder:
         """The last line of each prompt."""
         path = self.folder / ITEMS
         found = {}
-        for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+        for number, line in enumerate(whole_lines(path).splitlines(), start=1):
             where = f"{path}:{number}"
             row = validate_type(parse_json(line, where), ItemRecord, where) if line else None
             if row is not None:

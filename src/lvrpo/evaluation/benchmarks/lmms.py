@@ -5,25 +5,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from lvrpo.atomic_io import sync, write_atomic
 from lvrpo.data.images import load_image, middle_square, png
 from lvrpo.errors import InputError
-from lvrpo.evaluation.items import file_name
+from lvrpo.evaluation.items import file_name, whole_lines
 from lvrpo.policies.base import Policy, Sampling, require_method
+from lvrpo.reading import parse_typed_json
 from lvrpo.sampling import derive_seed
 from lvrpo.types import TASKS, Image, OutputKind, Part, Prompt, TaskKind, Trajectory
 
 Mode = Literal["understand", "generate", "edit"]
 """What ``generate_until`` produces: a text, a picture from a text, or a picture from a picture and a text."""
+Row = tuple[Prompt, Sampling, Sequence[str]]
+"""What is asked, how it is sampled, and the strings that end a text."""
 PLACEHOLDER = "<image>"
 _SKETCH = re.compile(r"\[GEN_PROMPT\](.*?)\[/GEN_PROMPT\]\s*\[QUESTION\](.*?)\[/QUESTION\]", re.DOTALL)
 DRAW_FIRST = "Draw a picture that helps to answer: {question}"
@@ -52,6 +59,10 @@ class Options:
     image_guidance_scale: float | None = None
     max_new_tokens: int | None = None
     """Also of tasks that name another number."""
+    temperature: float | None = None
+    """Of texts, also of tasks that name another one; None: greedy unless the task samples."""
+    answers: Path | None = None
+    """File of the answers of this task and these weights, which a repeated run takes from there."""
 
     def __post_init__(self) -> None:
         """Raises InputError for an unknown mode."""
@@ -59,17 +70,54 @@ class Options:
             raise InputError(f"mode={self.mode!r}: must be one of {', '.join(get_args(Mode))}")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size}: must be >= 1")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature={self.temperature}: must be a number >= 0")
+
+
+class AnswerFile:
+    """The answers of an evaluation by a digest of what was asked, appended as they are given."""
+
+    def __init__(self, path: Path | None) -> None:
+        """``path``: None keeps nothing. Raises InputError for a damaged file; a line that is not whole is cut off."""
+        self.path, self._known = path, dict[str, Any]()
+        if path is None or not path.exists():
+            return
+        text = whole_lines(path)
+        write_atomic(path, text.encode())
+        for number, line in enumerate(text.splitlines(), start=1):
+            remedy = "delete the file to ask everything again"
+            self._known |= parse_typed_json(line, dict[str, list[Any]], f"{path}:{number}", remedy)
+
+    def get(self, asked: Sequence[Any], answer: Callable[[], list[Any]], keep: Callable[[Any], bool]) -> list[Any]:
+        """What was answered before, where ``keep`` holds of all of it, else ``answer()``.
+
+        Any: texts, pictures, settings; JSON values.
+        """
+        if self.path is None:
+            return answer()
+        digest = hashlib.sha256()
+        for each in _flat(asked):
+            digest.update(each.numpy().tobytes() if isinstance(each, torch.Tensor) else f"{each!r}\n".encode())
+        key = digest.hexdigest()
+        known = self._known.get(key)
+        if known is not None and all(map(keep, known)):
+            return known
+        found = answer()
+        with self.path.open("ab") as file:
+            file.write((json.dumps({key: found}) + "\n").encode())
+        sync(self.path)
+        return found
 
 
 class Answers:
     """The requests of lmms-eval, answered by a policy. Any in signatures: its request objects and documents."""
 
     def __init__(self, policy: Policy, options: Options) -> None:
-        """Raises InputError for a mode that the policy cannot do."""
+        """Raises InputError for a mode that the policy cannot do, and for a damaged file of answers."""
         able = getattr(policy, "tasks", TASKS)  # optional in anybody's class
         if options.mode not in able:
             raise InputError(f"mode={options.mode}: this model does {', '.join(able)} alone")
-        self.policy, self.options = policy, options
+        self.policy, self.options, self.file = policy, options, AnswerFile(options.answers)
         self.task_dict: Mapping[str, Any] = {}  # set by lmms-eval: task -> split -> documents
 
     # --- what lmms-eval calls ---
@@ -83,8 +131,8 @@ class Answers:
             prompt = self._prompt(parts, f"{task}/{split}/{doc_id}")
             rows.append((prompt, self._sampling(prompt.task, generation), _stops(generation)))
         found = []
-        for prompt, output, stops in self._sampled(rows):
-            found.append(self._drawn(prompt, output) if "image" in prompt.output else _cut(output.text or "", stops))
+        for batch in self._batches(rows):
+            found += self._kept("until", batch, partial(self._texts, batch))
         return found
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -92,27 +140,27 @@ class Answers:
 
         The loss is minus the mean log-prob per token, end token included: tasks of multiple choice take the smallest.
         """
-        contexts: list[tuple[Part, ...]] = []
-        texts: list[str] = []
-        keys: list[tuple[Any, ...]] = []
-        for request in requests:
+        documents: dict[tuple[Any, ...], list[int]] = {}
+        for place, request in enumerate(requests):
             if len(request.args) == 2:
                 raise InputError("acc_mutual_info: needs likelihoods without a context: choose the metric acc")
-            context, target, doc_to_visual, doc_id, task, split = request.args
-            doc = self._doc(task, split, doc_id)
-            contexts.append(self._parts(context, doc_to_visual(doc) if doc_to_visual else ()))
-            texts.append((target if isinstance(target, str) else target(doc)).strip())
-            keys.append((task, split, doc_id, context))
-        greedy: dict[tuple[Any, ...], str] = {}
-        for key, parts in dict(zip(keys, contexts, strict=True)).items():
+            context, _, _, doc_id, task, split = request.args
+            documents.setdefault((task, split, doc_id, context), []).append(place)
+        found: dict[int, tuple[float, bool]] = {}
+        for (task, split, doc_id, context), places in documents.items():
+            doc, (_, _, doc_to_visual, *_) = self._doc(task, split, doc_id), requests[places[0]].args
+            parts = self._parts(context, doc_to_visual(doc) if doc_to_visual else ())
+            targets = [requests[place].args[1] for place in places]
+            texts = [(target if isinstance(target, str) else target(doc)).strip() for target in targets]
+            prompt = Prompt(f"{task}/{split}/{doc_id}", "understand", parts, ("text",))
             # no token is shorter than a character, and a longer answer is another one
-            longest = max(len(text) for text, other in zip(texts, keys, strict=True) if other == key)
-            prompt = Prompt("/".join(map(str, key[:3])), "understand", parts, ("text",))
-            sampling = self._sampling("understand", {"max_new_tokens": longest + 1})
-            greedy[key] = next(self._sampled([(prompt, sampling, ())]))[1].text or ""
-        scores = require_method(self.policy, "text_logprob").text_logprob(contexts, texts)
-        rows = zip(scores.tolist(), texts, keys, strict=True)
-        return [(-score, greedy[key].strip() == text) for score, text, key in rows]
+            sampling = self._sampling("understand", {"max_new_tokens": max(map(len, texts)) + 1})
+            sampling = replace(sampling, temperature=0.0)
+            pairs = self._kept(
+                "likelihood", [(prompt, sampling, texts)], partial(self._losses, prompt, sampling, texts)
+            )
+            found |= {place: (loss, same) for place, (loss, same) in zip(places, pairs, strict=True)}
+        return [found[place] for place in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """The texts of every round; a task's ``doc_to_text`` says what is asked next and when it is over."""
@@ -131,13 +179,11 @@ class Answers:
             sketch = Prompt(
                 f"{task}/{split}/{doc_id}/sketch", kind, (*own[:1], draw.replace("{question}", question)), ("image",)
             )
-            output = next(self._sampled([(sketch, self._sampling(kind, {}), ())]))[1]
-            self._drawn(sketch, output)
-            assert output.image is not None
-            parts = (*own, self._fitted(output.image), question)
-            prompt = Prompt(f"{task}/{split}/{doc_id}", "understand", parts, ("text",))
-            answer = next(self._sampled([(prompt, self._sampling("understand", generation), ())]))[1]
-            found.append(_cut(answer.text or "", _stops(generation)))
+            found += self._kept(
+                "cot",
+                [(sketch, self._sampling(kind, {}), (question, str(generation)))],
+                partial(self._after_sketch, sketch, own, question, generation),
+            )
         return found
 
     # --- inside ---
@@ -153,13 +199,42 @@ class Answers:
             prompt = Prompt(
                 f"{task}/{split}/{doc_id}/{len(said)}", "understand", self._parts(context, visuals), ("text",)
             )
-            output = next(self._sampled([(prompt, self._sampling("understand", generation), ())]))[1]
-            said.append(_cut(output.text or "", _stops(generation)))
+            row = (prompt, self._sampling("understand", generation), _stops(generation))
+            said += self._kept("round", [row], partial(self._texts, [row]))
             visuals, context, over, previous, info = to_text(
                 doc, previous_output=said, round_idx=len(said), previous_round_info=info
             )
             if over:
                 return list(previous)
+
+    def _kept(self, kind: str, rows: Sequence[Row], answer: Callable[[], list[Any]]) -> list[Any]:
+        """What the file of answers holds, where the pictures that it names are there, else ``answer()``."""
+        asked = [(p.id, p.task, p.output, p.parts, repr(sampling), more) for p, sampling, more in rows]
+        return self.file.get([kind, self.options.seed, asked], answer, self._is_whole)
+
+    def _is_whole(self, found: Any) -> bool:
+        drawn = self.options.mode != "understand" and isinstance(found, str)
+        return not drawn or all(Path(path).is_file() for path in json.loads(found)["images"])
+
+    def _texts(self, rows: Sequence[Row]) -> list[str]:
+        outputs = zip(rows, self._sample(rows), strict=True)
+        return [
+            self._drawn(prompt, output) if "image" in prompt.output else _cut(output.text or "", stops)
+            for (prompt, _, stops), output in outputs
+        ]
+
+    def _losses(self, prompt: Prompt, sampling: Sampling, texts: Sequence[str]) -> list[tuple[float, bool]]:
+        greedy = (self._sample([(prompt, sampling, ())])[0].text or "").strip()
+        scores = require_method(self.policy, "text_logprob").text_logprob([prompt.parts] * len(texts), texts)
+        return [(-score, greedy == text) for score, text in zip(scores.tolist(), texts, strict=True)]
+
+    def _after_sketch(self, sketch: Prompt, own: Sequence[Image], question: str, generation: Any) -> list[str]:
+        output = self._sample([(sketch, self._sampling(sketch.task, {}), ())])[0]
+        self._drawn(sketch, output)
+        assert output.image is not None
+        parts = (*own, self._fitted(output.image), question)
+        prompt = Prompt(sketch.id.removesuffix("/sketch"), "understand", parts, ("text",))
+        return self._texts([(prompt, self._sampling("understand", generation), _stops(generation))])
 
     def _doc(self, task: str, split: str, doc_id: Any) -> Any:
         return self.task_dict[task][split][doc_id]
@@ -195,24 +270,27 @@ class Answers:
         given = {name: getattr(options, name) for name in ("num_steps", "guidance_scale", "image_guidance_scale")}
         given["max_new_tokens"] = options.max_new_tokens or generation.get("max_new_tokens")
         own = replace(self.policy.default_sampling(task), group_size=1, temperature=0.0)
-        if generation.get("do_sample") and generation.get("temperature"):
+        if options.temperature is not None:
+            own = replace(own, temperature=options.temperature)
+        elif generation.get("do_sample") and generation.get("temperature"):
             own = replace(own, temperature=float(generation["temperature"]))
         return replace(own, **{name: value for name, value in given.items() if value is not None})
 
-    def _sampled(
-        self, rows: Sequence[tuple[Prompt, Sampling, Sequence[str]]]
-    ) -> Iterator[tuple[Prompt, Trajectory, Sequence[str]]]:
-        """One output per row; neighbors with equal settings are sampled together."""
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Neighbors with equal settings, which are sampled together."""
         start = 0
         while start < len(rows):
             end = start + 1
             while end < min(len(rows), start + self.options.batch_size) and rows[end][1] == rows[start][1]:
                 end += 1
-            prompts = [prompt for prompt, _, _ in rows[start:end]]
-            seeds = [derive_seed(self.options.seed, "lmms-eval", prompt.id) for prompt in prompts]
-            for row, group in zip(rows[start:end], self.policy.sample(prompts, rows[start][1], seeds), strict=True):
-                yield row[0], group.trajectories[0], row[2]
+            yield rows[start:end]
             start = end
+
+    def _sample(self, rows: Sequence[Row]) -> list[Trajectory]:
+        """One output per row, all of the same settings."""
+        prompts = [prompt for prompt, _, _ in rows]
+        seeds = [derive_seed(self.options.seed, "lmms-eval", prompt.id) for prompt in prompts]
+        return [group.trajectories[0] for group in self.policy.sample(prompts, rows[0][1], seeds)]
 
     def _drawn(self, prompt: Prompt, output: Trajectory) -> str:
         """The picture as a file, and what lmms-eval reads of it."""

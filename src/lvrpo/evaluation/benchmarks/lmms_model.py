@@ -14,7 +14,7 @@ from lvrpo.policies.loading import load_policy
 
 NUMBERS = {
     **dict.fromkeys(("seed", "num_steps", "max_new_tokens"), int),
-    **dict.fromkeys(("guidance_scale", "image_guidance_scale"), float),
+    **dict.fromkeys(("guidance_scale", "image_guidance_scale", "temperature"), float),
 }
 
 
@@ -33,12 +33,14 @@ class Lvrpo(Answers, lmms):
         mode: Any = "understand",
         think: bool = False,
         output_dir: str = "lmms_pictures",
+        answers: str | None = None,
         max_batch_size: int | None = None,
         **numbers: Any,
     ) -> None:
         """Raises InputError for a model that cannot be loaded, and TypeError for an unknown argument.
 
-        ``numbers``: seed, num_steps, guidance_scale, image_guidance_scale, max_new_tokens. Any: lmms-eval's arguments.
+        ``numbers``: seed, num_steps, guidance_scale, image_guidance_scale, max_new_tokens, temperature.
+        ``answers``: see ``Options``. Any: lmms-eval's arguments.
         """
         lmms.__init__(self)
         if unknown := sorted(set(numbers) - set(NUMBERS)):
@@ -46,6 +48,7 @@ class Lvrpo(Answers, lmms):
                 f"{unknown[0]}: unknown: there are pretrained, base, dtype, mode, think, {', '.join(NUMBERS)}"
             )
         values = {name: NUMBERS[name](value) for name, value in numbers.items()}
+        values["answers"] = None if answers is None else Path(answers)
         options = Options(mode, think in (True, "True"), Path(output_dir), int(batch_size), **values)
         self._rank, self._world_size = (int(os.environ.get(name, default)) for name, default in RANKS)
         if self._world_size > 1:

@@ -1,7 +1,7 @@
 """lmms-eval 0.7.3 as a process of an environment of its own, with lvrpo as its model: a task in, its files out.
 
-Every task is a process: what an interruption loses is one task, less the answers that lmms-eval had cached
-(``--use_cache``: it stores them when a task's questions are all answered, before it scores them).
+Every task is a process. A finished task is not run again; an interrupted one takes the answers that it has given
+from a file (``lmms.AnswerFile``).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,7 @@ from lvrpo.reading import parse_json, path_exists, read_text
 VERSION = "0.7.3"
 REQUIREMENTS = "lmms_eval.txt"
 """In ``assets``: what ``install`` puts into the environment."""
-LOG, OUTPUT, CACHE, PICTURES = "log.txt", "output", "cache", "pictures"
+LOG, OUTPUT, ANSWERS, PICTURES = "log.txt", "output", "answers.jsonl", "pictures"
 """In the folder of a task."""
 LAST_LINES, MAX_EXCERPT = 3, 300
 GRACE_S = 10.0
@@ -193,16 +192,14 @@ class Harness:
         output = own / OUTPUT
         if result_file(output) is not None:
             return output
-        named["output_dir"] = str((own / PICTURES).resolve())
+        named |= {"output_dir": str((own / PICTURES).resolve()), "answers": str((own / ANSWERS).resolve())}
         if wrong := next((value for value in named.values() if "," in value or "=" in value), None):
             raise InputError(f"{wrong}: lmms-eval takes no ',' or '=' in a value: rename the folder, or link to it")
         command = [str(self.python), "-m", "lmms_eval", "--model", "lvrpo", "--tasks", task.name]
         command += ["--model_args", ",".join(f"{key}={value}" for key, value in named.items())]
         command += ["--batch_size", str(self.batch_size), "--log_samples", "--output_path", str(output.resolve())]
-        command += ["--use_cache", str((own / CACHE).resolve())]
         command += [] if self.limit is None else ["--limit", str(self.limit)]
         command += [] if task.folder is None else ["--include_path", str(task.folder)]
-        keep_answers(own / CACHE)
         code = run_logged(command, own / LOG)
         if code or result_file(output) is None:
             said = excerpt((own / LOG).read_text(errors="replace"))
@@ -234,14 +231,6 @@ def weights_stamp(model: str) -> str:
 def result_file(output: Path) -> Path | None:
     """The last results that lmms-eval wrote there; None where it wrote none."""
     return next(iter(sorted(output.rglob("*_results.json"), reverse=True)), None)
-
-
-def keep_answers(cache: Path) -> None:
-    """Makes the answers of a task whose scoring failed the cache of its next run (lmms-eval: of whole runs alone)."""
-    found, target = sorted(cache.glob("runs/*/rank_0.db"), key=os.path.getmtime), cache / "cache.db"
-    if found and not target.exists():
-        with closing(sqlite3.connect(found[-1])) as source, closing(sqlite3.connect(target)) as copy:
-            source.backup(copy)
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
