@@ -27,11 +27,11 @@ COMMANDS: Mapping[str, str] = {
     "audit": "lvrpo.commands.audit:AUDIT",
     "information": "lvrpo.commands.information:INFORMATION",
     "new reward": "lvrpo.commands.new:NEW_REWARD",
-    "completion": "lvrpo.commands.new:COMPLETION",
     "data check": "lvrpo.commands.data_check:CHECK",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
+    "completion": "lvrpo.commands.new:COMPLETION",
 }
 """Every command. The modules import nothing heavy until a command runs."""
 
@@ -40,5 +40,6 @@ HEADINGS: Mapping[str, str] = {
     "generate": "Use a model",
     "evaluate": "Measure",
     "new reward": "Your own data and rewards",
+    "completion": "Your shell",
 }
 """The heading of each group of commands in the list of all commands."""

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, nargs="?", help="a run directory; the run may still be going on"
-    )
+    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, of a run in progress too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, with the curves")
     _judge_options(parser)
     leakage_options(parser)
@@ -88,13 +86,13 @@ ROW_KEYS = ("name", "label", "options", "judge")
 def _judge_options(parser: Parser) -> None:
     """The options of a judge audit; None where not given."""
     group = parser.group("audit a judge, instead of a run")
-    group.add_argument("--judge", metavar="MODEL", help="test this model as a judge of outputs with one known error")
-    group.add_argument("--samples", metavar="MODEL", help="test it on outputs that this model (or run) samples instead")
+    group.add_argument("--judge", metavar="MODEL", help="test whether this model detects one known error in an output")
+    group.add_argument("--samples", metavar="MODEL", help="test it instead on outputs that this model (or run) samples")
     group.add_argument(
         "--also",
         type=_reward_rows,
         metavar="REWARDS",
-        help="more rewards: NAME,NAME or '[{name: NAME, options: {...}}, NAME]'",
+        help="rewards to test too: NAME,NAME or '[{name: NAME, options: {...}}, NAME]'",
     )
     group.add_argument("--n", type=positive, metavar="N", help="scenes, or prompts, per category (default: 40)")
     group.add_argument("--seed", type=whole, metavar="N", help="random seed of the scenes (default: 0)")

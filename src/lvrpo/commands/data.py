@@ -122,7 +122,7 @@ def leakage_options(parser: Parser) -> None:
         "--steps", type=positive, metavar="N", help="training steps to compare (default: all of the run)"
     )
     group.add_argument(
-        "--wording", action="append", metavar="TEXT", help="a prefix of prompts to ignore, such as 'draw'"
+        "--wording", action="append", metavar="TEXT", help="ignore this beginning of a prompt, such as 'draw'"
     )
 
 

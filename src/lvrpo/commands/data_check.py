@@ -30,13 +30,15 @@ SIDE = 128
 
 def check_options(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="a configuration, a file or glob of rows, a folder of images, or a Hub id"
+        "source",
+        metavar="SOURCE",
+        help="a configuration, a file or glob of rows, a folder of images, or a Hub id OWNER/NAME",
     )
     parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="section.key=value of a configuration; else data set keys, such as preset=llava or columns.prompt=caption",
+        help="section.key=value if SOURCE is a configuration, else keys of data.datasets such as preset=llava",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the contact sheet (default: rows.png, with a number if it exists)"

@@ -77,7 +77,11 @@ def evaluate_options(parser: Parser) -> None:
         "--samples", type=positive, metavar="N", help="samples per prompt for pass@k and best of n (default: 16)"
     )
     sampling.add_argument(
-        "--sampled-prompts", type=whole, default=280, metavar="N", help="prompts with so many samples (default: 280)"
+        "--sampled-prompts",
+        type=whole,
+        default=280,
+        metavar="N",
+        help="prompts that get --samples samples (default: 280)",
     )
     sampling.add_argument(
         "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts, write FILE"

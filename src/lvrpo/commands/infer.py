@@ -58,7 +58,9 @@ def _drawing_options(parser: Parser) -> None:
         help="guide only where LOW < t <= HIGH; t runs from 1 (noise) to 0 (image)",
     )
     group.add_argument(
-        "--renorm", choices=RENORMS, help="rescale the guided velocity to the norm of the conditional one: over what"
+        "--renorm",
+        choices=RENORMS,
+        help="rescale the guided velocity to the norm of the conditional one: per image (global), else per token",
     )
     group.add_argument(
         "--renorm-min", type=share, metavar="X", help="lower bound of that rescaling, from 0 to 1 (1: no rescaling)"

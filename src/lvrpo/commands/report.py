@@ -80,7 +80,7 @@ def compare(options: Options) -> None:
 
 REPORT = Command("write the HTML report of a run", report_options, report, "examples:\n  lvrpo report runs/quickstart")
 WATCH = Command(
-    "show the report in the browser while a run goes on, or an overview of several runs",
+    "show the report of a run in the browser while it trains, or an overview of several runs",
     watch_options,
     watch,
     "examples:\n  lvrpo watch runs\n\nFor runs on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",

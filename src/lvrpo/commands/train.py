@@ -212,7 +212,7 @@ def check_options(parser: Parser) -> None:
         "--card",
         type=gibibytes,
         metavar="GIB",
-        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights",
+        help="only estimate whether the run fits a GPU with GIB GiB free; needs neither the GPU nor the weights",
     )
 
 

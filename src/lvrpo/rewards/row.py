@@ -109,7 +109,7 @@ class SuccessConfig(Config):
 
 
 class RewardConfig(Config):
-    """One row of the reward section."""
+    """Each row is one reward: its options, its weight, and what a failed score does."""
 
     name: str
     """An entry of REWARDS; a class or function of your own: my_package.module:Name, ./my_file.py:Name; or task, the
