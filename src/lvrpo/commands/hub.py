@@ -41,7 +41,7 @@ def push(options: Options) -> None:
     from lvrpo.policies.loading import policy_folder
 
     if not re.fullmatch(REPO_ID, options.repo):
-        raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
+        raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
     folder = policy_folder(options.model)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if _is_sent(path.relative_to(folder))]
@@ -175,7 +175,7 @@ def _license_of(base: str) -> str | None:
         return None
     if not card.is_file():
         return None
-    return _library().ModelCard.load(card).data.license
+    return (_library().metadata_load(card) or {}).get("license")
 
 
 def _pull_options(parser: Parser) -> None:
@@ -187,7 +187,7 @@ def _pull_options(parser: Parser) -> None:
 def pull(options: Options) -> None:
     hub, folder = _library(), options.folder
     if not re.fullmatch(REPO_ID, options.repo):
-        raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
+        raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
     part = folder.with_name(f"{folder.name}.part")
