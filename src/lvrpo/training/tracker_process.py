@@ -144,6 +144,7 @@ class MlflowTracker:
     def __init__(self, config: MlflowConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
         # the library would repeat a request for minutes without a word; a later connection sends what is missing
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use to its makers
         self.library = importlib.import_module("mlflow")
         self.library.end_run()  # of a connection that was lost
         folder, server = (run / FOLDER).resolve(), config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
