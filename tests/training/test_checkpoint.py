@@ -20,6 +20,7 @@ from torch import nn
 from lvrpo import atomic_io
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training import checkpoint as ckpt
+from lvrpo.training.optimizer import optimizer_moments, set_optimizer_moments
 
 DTYPES = [
     torch.float32,
@@ -182,14 +183,14 @@ def test_five_steps_and_five_more_equal_ten(tmp_path: Path, kind: str, swapped: 
 
     half, half_optimizer = build(kind)
     advance(half, half_optimizer, range(5))
-    ckpt.save_state(tmp_path, ckpt.optimizer_state(half_optimizer, half.named_parameters()))
+    ckpt.save_state(tmp_path, optimizer_moments([half_optimizer], [*half.named_parameters()]))
 
     resumed, resumed_optimizer = build(kind, swapped)
     resumed.load_state_dict(half.state_dict())
-    ckpt.load_optimizer_state(resumed_optimizer, resumed.named_parameters(), ckpt.load_state(tmp_path))
+    set_optimizer_moments([resumed_optimizer], [*resumed.named_parameters()], ckpt.load_state(tmp_path))
+    resumed_optimizer.param_groups[0]["lr"] = half_optimizer.param_groups[0]["lr"]  # of a schedule
     advance(resumed, resumed_optimizer, range(5, 10))
 
-    assert resumed_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(resumed.named_parameters())[name])
 
@@ -199,33 +200,20 @@ def test_a_state_of_wider_type_than_its_parameter_is_not_rounded(tmp_path: Path)
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     precise = torch.tensor([1 / 3, 1e-9, 3.0])
     optimizer.state[weight]["momentum_buffer"] = precise
-    ckpt.save_state(tmp_path, ckpt.optimizer_state(optimizer, [("w", weight)]))
+    ckpt.save_state(tmp_path, optimizer_moments([optimizer], [("w", weight)]))
     other = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    ckpt.load_optimizer_state(other, [("w", weight)], ckpt.load_state(tmp_path))
+    set_optimizer_moments([other], [("w", weight)], ckpt.load_state(tmp_path))
     assert torch.equal(other.state[weight]["momentum_buffer"], precise)
 
 
-def test_another_models_optimizer_is_refused_and_nothing_changed() -> None:
+def test_moments_of_another_model_are_refused_and_nothing_changed() -> None:
     model, optimizer = build("adamw")
     advance(model, optimizer, range(2))
-    saved = ckpt.optimizer_state(optimizer, model.named_parameters())
-
-    def restore(other: nn.Module, groups: list[dict[str, Any]]) -> None:
-        ckpt.load_optimizer_state(torch.optim.AdamW(groups, lr=0.1), other.named_parameters(), saved)
-
-    renamed = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    with pytest.raises(InputError, match="has 2 parameter groups, this one 1"):
-        restore(renamed, [{"params": list(renamed.parameters())}])
-    with pytest.raises(InputError, match=r"group 0 differs at 0\.weight: resume with the model of the run"):
-        restore(renamed, [{"params": [m.weight for m in renamed]}, {"params": [m.bias for m in renamed]}])
-    wider = TwoLayers()
-    wider.first = nn.Linear(7, 3)
-    parameters = dict(wider.named_parameters())
-    groups = [{"params": [p for n, p in parameters.items() if n.endswith(end)]} for end in ("weight", "bias")]
-    with pytest.raises(InputError, match=r"group 0 differs at first\.weight"):
-        restore(wider, groups)
-    with pytest.raises(ContractError, match="2 parameters of the optimizer have no name"):
-        ckpt.optimizer_state(optimizer, [])
+    saved, before = optimizer_moments([optimizer], [*model.named_parameters()]), dict(optimizer.state)
+    renamed = [(f"other.{name}", p) for name, p in model.named_parameters()]
+    with pytest.raises(InputError, match=r"moments of first\.bias: resume with the configuration of the run"):
+        set_optimizer_moments([optimizer], renamed, saved)
+    assert optimizer.state == before
 
 
 # --- atomic folders ---

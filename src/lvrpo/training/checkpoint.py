@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lvrpo.atomic_io import read_tensors, require_finite, sync, write_tensors
 from lvrpo.errors import ContractError, InputError
@@ -121,71 +120,6 @@ def _with_own_storage(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
         storages.add(storage.data_ptr())
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-# --- optimizers by parameter name ---
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> State:
-    """The optimizer's state by parameter name, for ``save_state``."""
-    names = {id(parameter): name for name, parameter in named}
-    groups = []
-    for group in optimizer.param_groups:
-        unknown = sum(id(parameter) not in names for parameter in group["params"])
-        if unknown:
-            raise ContractError(
-                f"{unknown} parameters of the optimizer have no name: pass the model's named_parameters()"
-            )
-        options = {key: value for key, value in group.items() if key != "params"}
-        groups.append({"params": [names[id(p)] for p in group["params"]], "options": options})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        "groups": groups,
-        "shapes": {names[id(p)]: list(p.shape) for p in parameters},
-        "state": {names[id(p)]: dict(optimizer.state[p]) for p in parameters if p in optimizer.state},
-    }
-
-
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: State
-) -> None:
-    """Restores ``optimizer_state`` exactly, independent of the order of the parameters.
-
-    Raises InputError if the saved groups have other parameters or shapes.
-    """
-    parameters = dict(named)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    if len(saved["groups"]) != len(optimizer.param_groups):
-        raise InputError(
-            f"the checkpoint's optimizer has {len(saved['groups'])} parameter groups, this one "
-            f"{len(optimizer.param_groups)}: resume with the configuration of the run"
-        )
-    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-    for number, (group, old) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
-        here = {names.get(id(p), "(unnamed)") for p in group["params"]}
-        differing = sorted(here ^ set(old["params"]))
-        differing += [name for name in old["params"] if name in here and saved["shapes"][name] != shapes[name]]
-        if differing:
-            raise InputError(
-                f"the checkpoint's optimizer group {number} differs at {differing[0]}: resume with the model of the run"
-            )
-    optimizer.state.clear()
-    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
-        for key, value in old["options"].items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        on_host = not (group.get("capturable") or group.get("fused"))
-        for parameter in group["params"]:
-            entries = saved["state"].get(names[id(parameter)])
-            if entries is not None:
-                optimizer.state[parameter] = {
-                    # Adam keeps its step count on the host unless it is captured or fused
-                    key: _placed(value, torch.device("cpu") if key == "step" and on_host else parameter.device)
-                    for key, value in entries.items()
-                }
-
-
-def _placed(value: State, device: torch.device) -> State:
-    return value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
 
 
 # --- atomic folders ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,6 @@ from lvrpo.distributed import ShardedMuon, gradient_norms, local
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import is_adapter
 from lvrpo.policies.base import Policy
-from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic x <- a x + b x^3 + c x^5, torch's own: singular values end in about [0.7, 1.2]."""
@@ -163,32 +162,46 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norms
 
-    def state(self) -> list[Any]:
-        """State for a checkpoint of one process."""
-        return [optimizer_state(optimizer, self.named) for optimizer in self.optimizers]
-
-    def load_state(self, state: list[Any]) -> None:
-        """Restores ``state``."""
-        for optimizer, saved in zip(self.optimizers, state, strict=True):
-            load_optimizer_state(optimizer, self.named, saved)
-
     def moments(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name: moments, sharded like the parameter, and step counts."""
-        states = [optimizer.state for optimizer in self.optimizers]
-        return {name: dict(state[p]) for name, p in self.named for state in states if p in state}
+        return optimizer_moments(self.optimizers, self.named)
 
     def set_moments(self, moments: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores ``moments``; the state of missing parameters is reset.
+        """Restores ``moments``; see ``set_optimizer_moments``."""
+        set_optimizer_moments(self.optimizers, self.named, moments)
 
-        Raises InputError for unknown parameters. Any: tensors and counts.
-        """
-        unknown = sorted(moments.keys() - {name for name, _ in self.named})
-        if unknown:
-            raise InputError(f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run")
-        for optimizer in self.optimizers:
-            params = {p for group in optimizer.param_groups for p in group["params"]}
-            optimizer.state.clear()
-            optimizer.state.update({p: dict(moments[n]) for n, p in self.named if p in params and n in moments})
+
+def optimizer_moments(
+    optimizers: Sequence[torch.optim.Optimizer], named: Sequence[tuple[str, nn.Parameter]]
+) -> dict[str, dict[str, Any]]:
+    """The state of optimizers by the names of their parameters. Any: tensors and counts."""
+    states = [optimizer.state for optimizer in optimizers]
+    return {name: dict(state[p]) for name, p in named for state in states if p in state}
+
+
+def set_optimizer_moments(
+    optimizers: Sequence[torch.optim.Optimizer],
+    named: Sequence[tuple[str, nn.Parameter]],
+    moments: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Restores ``optimizer_moments`` on the devices of the parameters; the state of missing parameters is reset.
+
+    Raises InputError for unknown parameters. Any: tensors and counts.
+    """
+    unknown = sorted(moments.keys() - {name for name, _ in named})
+    if unknown:
+        raise InputError(f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run")
+    for optimizer in optimizers:
+        params = {p for group in optimizer.param_groups for p in group["params"]}
+        optimizer.state.clear()
+        for name, p in named:
+            if p in params and name in moments:
+                optimizer.state[p] = {key: _placed(value, p.device) for key, value in moments[name].items()}
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """Any: a tensor, which is copied, or a count."""
+    return value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def eight_bit_library() -> Any:
@@ -208,9 +221,3 @@ def update_ema(ema: nn.Module, policy: nn.Module, decay: float) -> None:
         _foreach_copy_(slow, fast)
     else:
         _foreach_lerp_(slow, fast, 1 - decay)
-
-
-@torch.no_grad()
-def copy_weights(target: nn.Module, state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Loads weights in place, so that optimizers keep their references to the parameters."""
-    target.load_state_dict(dict(state))

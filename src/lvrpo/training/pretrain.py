@@ -41,13 +41,11 @@ from lvrpo.training.base_trainer import BaseTrainer, Observer, require_start, sa
 from lvrpo.training.checkpoint import (
     STATE,
     fingerprint,
-    load_optimizer_state,
     load_state,
-    optimizer_state,
     save_state,
     verify_checkpoint,
 )
-from lvrpo.training.optimizer import OptimizerConfig, Optimizers, copy_weights, update_ema
+from lvrpo.training.optimizer import OptimizerConfig, Optimizers, optimizer_moments, set_optimizer_moments, update_ema
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trackers import AnyTracker, require_trackers, start_trackers
 from lvrpo.types import Example, Image, Prompt, TaskKind
@@ -106,12 +104,12 @@ class Representation(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint; the teacher is the initial policy of the run."""
-        return {"head": dict(self.head.state_dict()), "optimizer": optimizer_state(self.optimizer, self.named)}
+        return {"head": dict(self.head.state_dict()), "optimizer": optimizer_moments([self.optimizer], self.named)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores ``state``."""
         self.head.load_state_dict(dict(state["head"]))
-        load_optimizer_state(self.optimizer, self.named, state["optimizer"])
+        set_optimizer_moments([self.optimizer], self.named, state["optimizer"])
 
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
@@ -282,7 +280,7 @@ class SupervisedState:
             "seconds": self.seconds,
             "policy": dict(self.weights.state_dict()),
             "average": dict(self.average_weights.state_dict()),
-            "optimizers": self.optimizers.state(),
+            "moments": self.optimizers.moments(),
         }
         if self.representation is not None:
             tree["representation"] = self.representation.state()
@@ -293,9 +291,9 @@ class SupervisedState:
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE, finite=True)
         with structure_errors(str(checkpoint / STATE / "state.json"), "use another checkpoint"):
-            copy_weights(self.weights, tree["policy"])
-            copy_weights(self.average_weights, tree["average"])
-            self.optimizers.load_state(tree["optimizers"])
+            self.weights.load_state_dict(dict(tree["policy"]))
+            self.average_weights.load_state_dict(dict(tree["average"]))
+            self.optimizers.set_moments(tree["moments"])
             if self.representation is not None:
                 self.representation.load(tree["representation"])
             self.step, self.seconds = int(tree["step"]), float(tree["seconds"])

@@ -182,10 +182,7 @@ class TrainState:
         """Sets the other moments of a checkpoint and allocates its tensors, which ``load_sharded`` then fills."""
         parameters = self.policies.weights.parameters
         for i, (optimizer, saved) in enumerate(zip(self.optimizers, others, strict=True)):
-            moments: dict[str, dict[str, Any]] = {}
-            for name, values in saved.items():
-                device = parameters[name].device  # Adam's step count stays on the host
-                moments[name] = {key: t.to(device) if len(_shape(t) or ()) else t for key, t in values.items()}
+            moments = {name: dict(values) for name, values in saved.items()}
             for path, entry in stored.items():
                 prefix, _, rest = path.partition("/")
                 name, _, key = rest.rpartition("/")
