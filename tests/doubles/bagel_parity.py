@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvrpo.policies.bagel.checkpoint import official_name
-from lvrpo.policies.bagel.encoders import patchify, position_ids, to_uint8, unpatchify
+from lvrpo.policies.bagel.encoders import position_ids, to_uint8
 from lvrpo.policies.bagel.policy import (
     BagelPolicy,
     PackedLosses,
@@ -33,6 +33,7 @@ from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.attention import Span, pack, row_layout
 from lvrpo.policies.mot.model_runner import Piece, Row
 from lvrpo.policies.mot.transformer import Cache, Hidden
+from lvrpo.policies.patches import patchify, unpatchify
 from lvrpo.sampling import shift_time
 from lvrpo.types import Image
 

@@ -17,12 +17,13 @@ from small_vlm import without_videos
 from lvrpo.cli import main
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.policies import image_text_to_text, image_tokens
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.decoding import last_step_alone
-from lvrpo.policies.loading import load_policy
+from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
-from lvrpo.training.live_bytes import FakeWeightLiveBytes, LiveBytes, fake_weights
+from lvrpo.training.live_bytes import LiveBytes, fake_weights
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import GroupAdvantages, Microbatch
 from lvrpo.training.memory import MemoryEstimate
@@ -111,6 +112,25 @@ def test_phases_without_weights_are_those_of_a_real_step(
     by_hand(policy, estimate)
 
 
+@pytest.fixture
+def small_bagel(tmp_path: Path) -> Path:
+    """A random one whose drawings an update would move."""
+    sizes = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "vit_width": 8, "vit_depth": 1}
+    rest = {"vit_heads": 2, "vit_mlp_width": 8, "image_size": 32, "read_side": 4, "latent_side": 4}
+    create_bagel(BagelSizes.model_validate(sizes | rest), ["a red circle"]).save(tmp_path / "bagel")
+    return tmp_path / "bagel"
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_phases_of_a_mixture_of_transformers_are_those_of_a_real_step(tokens: int, small_bagel: Path) -> None:
+    """Of the tiny policy the first token of an answer, as it knows when to end one; BAGEL's words are random."""
+    folder = policy_folder("tiny") if tokens == 1 else small_bagel
+    settings = ["policy=tiny" if tokens == 1 else f"policy={folder}", *SMALL, ONE % (1, 1), "flow.top_bottom_k=1"]
+    config = load_config(TrainConfig, None, [*settings, "device=cpu", f"rollout.max_new_tokens={tokens}"])
+    estimate, found = memory_needed(config), measured(load_policy(folder), config)
+    assert estimate.transient == pytest.approx(found, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "module"), [("janus", image_tokens), ("emu3", image_tokens), ("qwen3_vl", image_text_to_text)]
 )
@@ -188,7 +208,7 @@ def test_code_that_looks_at_values_runs_on_fake_weights() -> None:
     layer.register_buffer("table", torch.empty(5, dtype=torch.int64, device="meta"))
     fake_weights([layer])
     rows, kept = torch.ones(3, 8), torch.tensor([True, False, True])
-    with FakeWeightLiveBytes([*layer.parameters(), *layer.buffers()]) as live:
+    with LiveBytes([*layer.parameters(), *layer.buffers()]) as live:
         y = layer(rows)  # 48 bytes
         chosen = y.argmax(dim=1)  # 24
         assert (live.now, chosen.tolist()) == (72, [0, 0, 0])

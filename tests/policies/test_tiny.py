@@ -13,7 +13,8 @@ from lvrpo.data.scenes import VOCABULARY
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
-from lvrpo.policies.tiny import TinyConfig, TinyPolicy, TinyTokenizer, patchify, unpatchify
+from lvrpo.policies.patches import patchify, unpatchify
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy, TinyTokenizer
 from lvrpo.types import Prompt
 
 
@@ -22,13 +23,13 @@ def test_patches_are_row_major_and_channel_last() -> None:
     tokens = patchify(pixels, 2)
     assert tokens.shape == (2, 4, 12)
     assert tokens[0, 1].tolist() == [pixels[0, c, r, k] for r in (0, 1) for k in (2, 3) for c in range(3)]
-    assert torch.equal(unpatchify(tokens, 2), pixels)
+    assert torch.equal(unpatchify(tokens, 2, *(side // 2 for side in pixels.shape[2:])), pixels)
 
 
 def test_pictures_survive_the_latents(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> None:
     images = [picture(1), picture(2)]
     latents = policy.encoders.encode_latents(images)
-    assert latents.shape == (2, *policy.encoders.latent_shape())
+    assert latents.shape == (2, policy.config.image_tokens, policy.config.channels)
     assert latents.min() >= -1
     torch.testing.assert_close(policy.encoders.decode_latents(latents), torch.stack(images))
     assert policy.encoders.decode_latents(latents * 9).max() == 1

@@ -29,7 +29,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
 from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.memory import MemoryEstimate, require_memory
-from lvrpo.training.step_memory import PROGRAM
+from lvrpo.training.memory_estimate import PROGRAM
 from lvrpo.training.trainer import Trainer
 
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
@@ -103,7 +103,7 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
 def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> None:
     recorded = [
         "data.prompts_per_step={generate: 1}",
-        "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}",
+        "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 6}",
         "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}",
     ]
 
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> Non
         changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
         return needed(small_base, *changes, phases=("replay of drawings",)).transient["replay of drawings"]
 
-    assert replayed(again=True) < replayed(again=False) / 3
+    assert replayed(again=True) < replayed(again=False) / 2
 
 
 def test_an_unused_old_policy_takes_no_memory(small_base: Path) -> None:
@@ -166,10 +166,11 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path, monkeypa
     card = memory_needed(config, torch.device("cuda"))
     assert card is not None
     assert card.persistent["offloaded"] == 0
-    assert card.host == 7 * trained
-    assert (
-        sum(here.persistent.values()) - sum(card.persistent.values()) == 7 * trained + PROGRAM["cpu"] - PROGRAM["cuda"]
-    )
+    records = here.persistent["outputs of a step"] - card.persistent["outputs of a step"]  # in host memory
+    assert 0 < records < 2**16
+    assert card.host == 7 * trained + records
+    offloaded = sum(here.persistent.values()) - sum(card.persistent.values())
+    assert offloaded == 7 * trained + records + PROGRAM["cpu"] - PROGRAM["cuda"]
     assert any("in host memory" in line for line in card.lines())
 
 
@@ -271,8 +272,9 @@ def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
         memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
         for name in ("whole", "described")
     ]
-    assert found[0] == found[1]
-    assert found[0] is not None
+    assert found[0].persistent == found[1].persistent
+    # what cycles of Python keep alive depends on when they are collected
+    assert found[0].transient == pytest.approx(found[1].transient, rel=0.03)
 
 
 def test_published_json_files_tell_the_published_sizes(tmp_path: Path) -> None:

@@ -1,10 +1,46 @@
-"""A byte-level BPE tokenizer learned from texts, for random models of published layouts."""
+"""Random models of published layouts: the sizes of a language model, and a byte-level tokenizer learned from texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
+from pydantic import Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+
+
+class LanguageSizes(Config):
+    """Sizes of a random language model; the defaults are for tests and first runs on a CPU."""
+
+    width: int = Field(default=64, ge=4, multiple_of=4, le=65_536)
+    depth: int = Field(default=2, ge=1, le=1000)
+    heads: int = Field(default=4, ge=1, le=1000)
+    key_heads: int = Field(default=2, ge=1, le=1000)
+    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
+    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
+    """Tokens of texts and markers."""
+    positions: int = Field(default=512, ge=64, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"heads={self.heads}: a width of {self.width} is not divided evenly: use another number")
+        if self.heads % self.key_heads:
+            raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
+        return self
+
+
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; raises InputError, one line. ``path``: of the file, for messages."""
+    try:
+        return Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from None
 
 
 def learn_tokenizer(texts: Sequence[str], vocabulary_size: int, special: Sequence[str]) -> Tokenizer:

@@ -246,13 +246,18 @@ _LAST_STEP_ALONE: ContextVar[bool] = ContextVar("last_step_alone", default=False
 
 @contextmanager
 def last_step_alone() -> Iterator[None]:
-    """Inside, of texts and image tokens only the first and the last step are computed, and tokens are any: for
-    estimates of memory. Texts have their full length and all differ."""
+    """Inside, of texts and image tokens only the first and the last step are computed, and tokens are any, and of flows
+    the steps that differ in memory: for estimates of it. Texts have their full length and all differ."""
     token = _LAST_STEP_ALONE.set(True)
     try:
         yield
     finally:
         _LAST_STEP_ALONE.reset(token)
+
+
+def computes_last_step_alone() -> bool:
+    """Whether ``last_step_alone`` is on."""
+    return _LAST_STEP_ALONE.get()
 
 
 def _last_step_of_text(

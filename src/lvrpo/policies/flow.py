@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.decoding import computes_last_step_alone
 from lvrpo.sampling import (
     SOLVERS,
     STEPS,
@@ -22,7 +23,7 @@ from lvrpo.sampling import (
     timestep_grid,
 )
 from lvrpo.sampling.guidance import Renorm
-from lvrpo.types import FlowSegment, Image
+from lvrpo.types import FlowSegment, Image, Trajectory
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """States (B, N, C) and a time, as a tensor () and as a number, to guided velocities (B, N, C).
@@ -79,6 +80,13 @@ class ReplayedFlow:
     """(B, W, N, C)."""
     stds: torch.Tensor
     """(W,)."""
+
+
+def flow_segment(trajectory: Trajectory) -> FlowSegment:
+    """The image of a trajectory: its last segment."""
+    segment = trajectory.segments[-1]
+    assert isinstance(segment, FlowSegment)
+    return segment
 
 
 # --- settings ---
@@ -147,7 +155,11 @@ def integrate(
     timesteps = timesteps.to(x_t.device)
     states, next_states, logprobs, means = [], [], [], []
     solve, past, times = SOLVERS[sampling.solver], None, timesteps.tolist()
-    for i in range(len(timesteps) - 1):
+    steps: Iterable[int] = range(len(timesteps) - 1)
+    if computes_last_step_alone():  # a guided one, with the one after it where a rule of second order keeps both
+        first = next((i for i in steps if guidance_of(sampling).active(times[i])), 0)
+        steps = sorted({first, *([first + 1] if sampling.solver != "euler" else []), *window} & set(steps))
+    for i in steps:
         t, t_next = timesteps[i], timesteps[i + 1]
         v = velocity(x_t, t, times[i])
         if i in window:

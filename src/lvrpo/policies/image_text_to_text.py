@@ -21,9 +21,9 @@ from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
-from lvrpo.policies.transformers_checkpoint import Reader, empty_model, line_of, load_model, read_config, save_model
+from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, default_dtype
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, require_room
 from lvrpo.reading import read_bytes
 from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
@@ -262,15 +262,9 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
         """Raises InputError for a prompt that asks for a drawing or is too long."""
-        named = f"prompt {prompt.id!r}"
         if prompt.output != ("text",):
-            raise InputError(f"{named}: this model reads pictures and does not draw them: ask for a text")
-        length, most = len(self.read_prompt(prompt).ids), self.positions
-        if length + sampling.max_new_tokens > most:
-            raise InputError(
-                f"{named}: {length} tokens and {sampling.max_new_tokens} after them, the limit is {most}: shorten it, "
-                "or write less (max_new_tokens)"
-            )
+            raise InputError(f"prompt {prompt.id!r}: this model reads pictures and does not draw them: ask for a text")
+        require_room(prompt, len(self.read_prompt(prompt).ids), sampling.max_new_tokens, self.positions)
 
     def read_prompt(self, prompt: Prompt) -> ReadPrompt:
         """The prompt as the processor made it, after the instruction to think where the task is ``reason``."""
@@ -435,21 +429,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
         self.chat.save(folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder of transformers, in one file of weights or in shards; runs no code of it.
-
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
-        files, tensors that are missing or do not fit, a model of another kind, and without transformers.
-        """
-        return cls._read_folder(Path(folder), device, dtype, load_model).to(device)
-
-    @classmethod
-    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``EstimablePolicy.from_config``."""
-        return cls._read_folder(Path(folder), device, dtype, empty_model)
-
-    @classmethod
-    def _read_folder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, read: Reader) -> Self:
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``."""
         config = read_config(folder, KIND)
         if config.is_encoder_decoder:
             raise InputError(
@@ -457,7 +438,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 "one that continues its prompt, such as a Qwen-VL"
             )
         chat = Chat.load(folder)
-        return cls(read(folder, dtype or default_dtype(device), KIND), chat)
+        return cls(load_model(folder, dtype, KIND, weights=weights), chat)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
@@ -22,6 +21,8 @@ from lvrpo.policies.transformers_policy import (
     THINK_THEN_DRAW,
     TransformersPolicy,
     require_drawn_from_text,
+    require_layer,
+    require_room,
 )
 from lvrpo.sampling import derive_seed, guide_logits, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
@@ -198,16 +199,10 @@ class ImageTokenPolicy(TransformersPolicy):
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _check(self, prompt: Prompt, sampling: Sampling, size: tuple[int, int]) -> None:
-        named = f"prompt {prompt.id!r}"
         require_drawn_from_text(prompt, self.kind)
         new = sampling.max_new_tokens * ("text" in prompt.output)
         new += self._drawing(size) if "image" in prompt.output else 0
-        length = len(self._row(prompt, ()).ids)
-        if length + new > self.positions:
-            raise InputError(
-                f"{named}: {length} tokens and {new} after them, the limit is {self.positions}: shorten it, or "
-                "write less (max_new_tokens)"
-            )
+        require_room(prompt, len(self._row(prompt, ()).ids), new, self.positions)
 
     def _write(self, rows: Sequence[Row], seeds: Sequence[int], sampling: Sampling) -> Iterator[Segment]:
         u = uniform_noise(seeds, (sampling.max_new_tokens,)).to(self.device)
@@ -422,9 +417,7 @@ class ImageTokenPolicy(TransformersPolicy):
     @torch.no_grad()
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """See ``Policy.reading_states``; after the last layer the states are normed."""
-        depth = len(self.transformer.layers)
-        if not 0 <= layer <= depth:
-            raise InputError(f"layer={layer}: the policy has {depth} layers")
+        require_layer(layer, len(self.transformer.layers))
         found = []
         with self.autocast():
             for part in parts:

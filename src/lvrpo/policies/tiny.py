@@ -21,10 +21,12 @@ from torch.nn import functional
 from lvrpo.atomic_io import read_weights, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
+from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.mot.model_runner import Grid
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
-from lvrpo.reading import JSON_BYTES, read_json_object, read_text
+from lvrpo.policies.patches import patchify, unpatchify
+from lvrpo.reading import JSON_BYTES, read_bytes, read_json_object
 from lvrpo.types import Image
 
 SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
@@ -120,12 +122,7 @@ class TinyTokenizer:
     @classmethod
     def load(cls, folder: Path) -> Self:
         path = folder / "tokenizer.json"
-        try:
-            return cls(Tokenizer.from_str(read_text(path, "restore the file", JSON_BYTES)))
-        except InputError:
-            raise
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
+        return cls(parse_tokenizer(read_bytes(path, "restore the file", JSON_BYTES), path))
 
 
 class TinyEncoders(nn.Module):
@@ -191,7 +188,7 @@ class TinyEncoders(nn.Module):
         return side, side
 
     def decode_latents(self, latents: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        return (unpatchify(latents, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
+        return (unpatchify(latents, self.config.patch_size, *self.default_grid(None)) / 2 + 0.5).clamp(0, 1)
 
     def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         angles = t[:, None] * self.frequencies
@@ -202,9 +199,6 @@ class TinyEncoders(nn.Module):
     def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         x_0 = self.latent_out(hidden)
         return (x_t - x_0) / t[:, None, None]
-
-    def latent_shape(self) -> tuple[int, int]:
-        return self.config.image_tokens, self.config.channels
 
 
 class TinyPolicy(MoTPolicy):
@@ -287,26 +281,6 @@ class TinyPolicy(MoTPolicy):
             raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
         policy.load_state_dict(state)
         return policy.to(device)
-
-
-def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, N, patch_size^2 * 3), tokens row-major, each in order row, column, channel."""
-    b, c, h, w = pixels.shape
-    p = patch_size
-    return (
-        pixels.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
-    )
-
-
-def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """The inverse of ``patchify`` for square images."""
-    b, n, channels = tokens.shape
-    p, side = patch_size, math.isqrt(n)
-    return (
-        tokens.reshape(b, side, side, p, p, channels // (p * p))
-        .permute(0, 5, 1, 3, 2, 4)
-        .reshape(b, channels // (p * p), side * p, side * p)
-    )
 
 
 def _position_table(side: int, width: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,19 @@ def read_config(folder: Path, what: str) -> Any:
         raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
 
 
-def load_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
+def load_model(folder: Path, dtype: torch.dtype, what: str, kind: str | None = None, *, weights: bool = True) -> Any:
     """The image-text-to-text model of a folder, on the CPU. Any: of an optional package.
 
-    ``what``: as in ``read_config``. Runs no code of the folder. Raises InputError, one line, for what is missing,
-    damaged, of other shapes or not finite.
+    ``what``: as in ``read_config``; ``kind``: the model type that the folder must have. Without ``weights``, from
+    config.json alone: parameters are on the meta device. Runs no code of the folder. Raises InputError, one line, for
+    what is missing, damaged, of other shapes or not finite.
     """
-    transformers = transformers_library(what)
-    read_config(folder, what)
+    found = read_json_object(folder / CONFIG).get("model_type")
+    if kind not in (None, found):
+        raise InputError(f"{folder}: holds a model of type {found!r}, not {kind!r}: give another one")
+    transformers, config = transformers_library(what), read_config(folder, what)
+    if not weights:
+        return _empty_model(folder, config, dtype)
     find_tensors(folder, ("model",), f"the weights of {what}")  # refuses damaged files
     try:
         with quiet_loading(transformers):
@@ -65,21 +70,14 @@ def load_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
     return model
 
 
-def empty_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
-    """``load_model`` without weights, from config.json alone: its parameters are on the meta device.
-
-    Raises InputError, one line. Any: of an optional package.
-    """
-    transformers, config = transformers_library(what), read_config(folder, what)
+def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Any: of an optional package."""
+    transformers = transformers_library("a model")
     try:
         with quiet_loading(transformers), torch.device("meta"):
             return transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     except Exception as error:  # models of transformers check their sizes in many ways
         raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
-
-
-Reader = Callable[[Path, torch.dtype, str], Any]
-"""``load_model`` or ``empty_model``."""
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import AdaptablePolicy
+from lvrpo.policies.adapter import AdaptablePolicy, Expert
 from lvrpo.types import OutputKind, Prompt
 
 MAX_TOKENS = 32768
@@ -28,40 +31,31 @@ OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "
 """Those of a model that draws from text alone."""
 
 
-class TransformersPolicy(AdaptablePolicy):
-    """A policy around one model of transformers, which stays in evaluation mode."""
+class LibraryPolicy(AdaptablePolicy):
+    """A policy around models of a library, which stay in evaluation mode, with a compute dtype and a token limit."""
 
-    def __init__(self, model: Any) -> None:
-        """``model``: with a language head. Any: of an optional package."""
+    def __init__(self) -> None:
         super().__init__()
-        self.model = model.eval()
         self.max_tokens = MAX_TOKENS
         self.checkpointed = False
         self._autocast: torch.dtype | None = None
 
     @property
+    @abstractmethod
+    def base_weight(self) -> torch.Tensor:
+        """A weight that no adapter replaces; its device and dtype are the policy's."""
+
+    @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
-
-    @property
-    def positions(self) -> int:
-        """The most tokens of a row."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
-
-    @property
-    def longest_text(self) -> int:
-        """Default limit of a generated text: 512 tokens, or half the positions of a small model."""
-        return max(1, min(TEXT_TOKENS, self.positions // 2))
+        return self.base_weight.device
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: dropout would make a replay differ from its rollout."""
         return super().train(False)
 
-    # --- precision ---
-
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
-        self._autocast = None if dtype == self._weights_dtype() else dtype
+        self._autocast = None if dtype == self.base_weight.dtype else dtype
 
     def autocast(self) -> AbstractContextManager[object]:
         """The autocast context that ``set_compute_dtype`` selected."""
@@ -70,12 +64,7 @@ class TransformersPolicy(AdaptablePolicy):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of matrix products."""
-        return self._autocast or self._weights_dtype()
-
-    def _weights_dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
-
-    # --- limits ---
+        return self._autocast or self.base_weight.dtype
 
     def limit_tokens(self, limit: int | None) -> None:
         """See ``Policy.limit_tokens``; a row of more goes through alone."""
@@ -93,6 +82,42 @@ class TransformersPolicy(AdaptablePolicy):
                 parts.append([i])
                 longest = length
         return parts
+
+
+class TransformersPolicy(LibraryPolicy):
+    """A policy around one model of transformers."""
+
+    expert_prefixes: ClassVar[Mapping[Expert, tuple[str, ...]]] = {}
+    """Beginnings of the names of the parameters of each expert, within ``model``; all others are shared."""
+
+    def __init__(self, model: Any) -> None:
+        """``model``: with a language head. Any: of an optional package."""
+        super().__init__()
+        self.model = model.eval()
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The embedding of text tokens."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a row."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def longest_text(self) -> int:
+        """Default limit of a generated text: 512 tokens, or half the positions of a small model."""
+        return max(1, min(TEXT_TOKENS, self.positions // 2))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by expert, as ``expert_prefixes`` says."""
+        groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                of = (expert for expert, begin in self.expert_prefixes.items() if name.startswith(begin))
+                groups[next(of, "shared")].append(parameter)
+        return groups
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Whether layers of the transformer and of the reading encoder are computed again in the backward pass."""
@@ -125,6 +150,25 @@ class TransformersPolicy(AdaptablePolicy):
         """Without the name of the whole model, which is of this policy."""
         return name.removeprefix("model.")
 
+    @classmethod
+    @abstractmethod
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """The policy of a folder on the CPU; without ``weights``, its parameters are on the meta device."""
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads a folder in the published layout, weights in one file or in shards; runs no code of it.
+
+        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for another model's
+        folder, missing or damaged files, tensors that are missing or do not fit, and without the model's library.
+        """
+        return cls.read_folder(Path(folder), dtype or default_dtype(device), weights=True).to(device)
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``EstimablePolicy.from_config``."""
+        return cls.read_folder(Path(folder), dtype or default_dtype(device), weights=False)
+
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype of weights that are loaded without a dtype: float32 on a CPU, bfloat16 elsewhere."""
@@ -144,6 +188,21 @@ def require_drawn_from_text(prompt: Prompt, kind: str) -> None:
         raise InputError(f"{named}: {kind} draws from text alone, not from a picture: leave the picture out")
     if prompt.task == "understand" and not pictures:
         raise InputError(f"{named}: task 'understand' needs a picture: give one")
+
+
+def require_room(prompt: Prompt, length: int, new: int, limit: int) -> None:
+    """Raises InputError where the tokens of a prompt and those after it are more than the model has places for."""
+    if length + new > limit:
+        raise InputError(
+            f"prompt {prompt.id!r}: {length} tokens and {new} after them, the limit is {limit}: shorten it, or write "
+            "less (max_new_tokens)"
+        )
+
+
+def require_layer(layer: int, depth: int) -> None:
+    """Raises InputError for the states of a layer that a model does not have."""
+    if not 0 <= layer <= depth:
+        raise InputError(f"layer={layer}: the policy has {depth} layers")
 
 
 TOGETHER = 1024

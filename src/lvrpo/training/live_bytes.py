@@ -18,6 +18,8 @@ aten = torch.ops.aten
 class LiveBytes(TorchDispatchMode):
     """Tracks the bytes of live tensors created by operations; ``peak`` is the maximum so far.
 
+    Operations of real tensors (prompts, tokens, times) are computed. Those of fake tensors are not: their floats are
+    fake; integers and booleans, which decide what comes next, are real zeros; a float that is asked for is 1.
     Convolutions include the workspace copies of their kernels on the device (cpu, cuda).
     """
 
@@ -39,7 +41,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Any: as above."""
-        return func(*args, **kwargs)
+        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return 1.0
+        if func in _INDEXED:
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        return tree_map(_with_values, func(*args, **kwargs))
 
     def _rearranged(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
         """Size of the channels-last copies of input and output in a convolution.
@@ -69,24 +77,6 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         if phase == self._phase:
             self.now -= size
-
-
-class FakeWeightLiveBytes(LiveBytes):
-    """``LiveBytes`` of code that looks at values, with fake weights and no ``FakeTensorMode`` around it.
-
-    Operations of real tensors alone (prompts, tokens, times) are computed. Those of fake tensors are not: their floats
-    are fake; integers and booleans, which decide what comes next, are real zeros; a float that is asked for is 1.
-    """
-
-    def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Any: the arguments of torch's interface."""
-        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
-            return 1.0
-        if func in _INDEXED:
-            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
-        return tree_map(_with_values, func(*args, **kwargs))
 
 
 _INDEXED = (

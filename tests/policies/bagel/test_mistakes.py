@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies import flow
 from lvrpo.policies.bagel import encoders as encoders_module
 from lvrpo.policies.bagel.create import position_table
-from lvrpo.policies.bagel.encoders import Downsample
+from lvrpo.policies.convolutions import Downsample
 from lvrpo.policies.mot import attention
 from lvrpo.policies.mot.attention import RowLayout, Span
 from lvrpo.policies.mot.model_runner import ModelRunner

@@ -13,9 +13,10 @@ from gradients_only import differentiate
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.flow import flow_segment
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
-from lvrpo.training.losses.base import KINDS, GroupAdvantages, flow_segment, recorded_passes
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, recorded_passes
 from lvrpo.training.microbatches import LimitsConfig, split
 from lvrpo.training.policies import Policies
 from lvrpo.types import Group, Image, Prompt

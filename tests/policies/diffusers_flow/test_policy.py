@@ -136,7 +136,7 @@ def test_the_empty_prompt_has_no_gradient_where_it_is_detached(
 
     detached, joint = gradient(DRAWINGS["guided-one-gradient"]), gradient(DRAWINGS["guided"])
     monkeypatch.setattr(
-        "lvrpo.policies.diffusers_flow.policy.guide", lambda v, unguided, *rest: guide(v, unguided.detach(), *rest)
+        "lvrpo.policies.flow_policy.guide", lambda v, unguided, *rest: guide(v, unguided.detach(), *rest)
     )
     by_hand = gradient(DRAWINGS["guided"])
     assert (detached - by_hand).norm() <= 1e-4 * by_hand.norm()

@@ -54,7 +54,7 @@ def vectors() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def policy(settings: dict[str, Any]) -> ShowoPolicy:
     stored, magvit = settings["showo"], Magvit(MagvitConfig(**settings["magvit"]))
-    shapes = empty_transformer(transformers, settings["phi"], stored["vocab_size"], VECTORS)
+    shapes = empty_transformer(settings["phi"], stored["vocab_size"], VECTORS)
     model = transformers.PhiForCausalLM(shapes.config)
     fill(magvit)
     fill(model, "showo.")

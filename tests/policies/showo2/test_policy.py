@@ -70,7 +70,7 @@ def test_without_noise_the_flow_is_integrated_as_published(showo2: Showo2Policy,
     from lvrpo.sampling import derive_seed
 
     z, _ = draw_noise(SAMPLING, [derive_seed(derive_seed(7, 0), "noise")], [0], (4, 16))
-    rows = [showo2._drawn(prompts[0]), showo2._drawn(None)]
+    rows = [showo2._drawn("a red circle above a blue square"), showo2._drawn("")]
     with torch.no_grad():
         for t, t_next in pairwise(points):
             images = showo2.model.embed_images(to_latents(z, (4, 4), 4), t.expand(1)).repeat(2, 1, 1)

@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.policies.convolutions import GROUPS, Decoder, Encoder
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.mot.model_runner import Grid
+from lvrpo.policies.patches import patchify, unpatchify
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Image
 
@@ -254,9 +256,6 @@ class VitLayer(nn.Module):
         return x + self.mlp["fc2"](functional.gelu(h, approximate="tanh"))
 
 
-GROUPS, EPS = 32, 1e-6
-
-
 class VaeConfig(Config):
     """Sizes; those of FLUX.1 by default."""
 
@@ -282,8 +281,9 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        widths = [config.width * multiplier for multiplier in config.multipliers]
+        self.encoder = Encoder(config.width, widths, [config.res_blocks] * len(widths), 2 * config.channels)
+        self.decoder = Decoder(widths, [config.res_blocks + 1] * len(widths), config.channels)
         self.requires_grad_(False)
 
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,129 +299,6 @@ class Vae(nn.Module):
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, z, h, w) -> pixels (B, 3, h f, w f), about [-1, 1]."""
         return self.decoder(z / self.config.scale + self.config.shift)
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
-        widths = [config.width * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
-        self.down = nn.ModuleList()
-        width = config.width
-        for i, level in enumerate(widths):
-            blocks = nn.ModuleList(ResBlock(width if j == 0 else level, level) for j in range(config.res_blocks))
-            last = i == len(widths) - 1
-            self.down.append(nn.ModuleDict({"block": blocks} | ({} if last else {"downsample": Downsample(level)})))
-            width = level
-        self.mid = _middle(width)
-        self.norm_out = nn.GroupNorm(GROUPS, width, eps=EPS)
-        self.conv_out = nn.Conv2d(width, 2 * config.channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(x)
-        for level in self.down.children():
-            x = _run_level(level, x)
-        return self.conv_out(functional.silu(self.norm_out(_run_middle(self.mid, x))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
-        widths = [config.width * m for m in config.multipliers]
-        width = widths[-1]
-        self.conv_in = nn.Conv2d(config.channels, width, 3, padding=1)
-        self.mid = _middle(width)
-        levels: list[nn.Module] = []
-        for i, level in reversed(list(enumerate(widths))):
-            blocks = nn.ModuleList(ResBlock(width if j == 0 else level, level) for j in range(config.res_blocks + 1))
-            levels.append(nn.ModuleDict({"block": blocks} | ({} if i == 0 else {"upsample": Upsample(level)})))
-            width = level
-        self.up = nn.ModuleList(reversed(levels))  # numbered from the full resolution down, run the other way
-        self.norm_out = nn.GroupNorm(GROUPS, width, eps=EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = _run_middle(self.mid, self.conv_in(z))
-        for level in reversed(list(self.up.children())):
-            x = _run_level(level, x)
-        return self.conv_out(functional.silu(self.norm_out(x)))
-
-
-class ResBlock(nn.Module):
-    """Norm, swish, convolution, twice; a 1 x 1 convolution where the width changes."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, width_in, eps=EPS)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, width, eps=EPS)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        if width_in != width:
-            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
-        self.widens = width_in != width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(functional.silu(self.norm1(x)))
-        h = self.conv2(functional.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if self.widens else x) + h
-
-
-class Attention(nn.Module):
-    """One head over all pixels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x)
-        q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
-        attended = functional.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Halves both sides; the padding is on the right and below alone."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(functional.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles both sides: nearest neighbor, then a convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _middle(width: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"block_1": ResBlock(width, width), "attn_1": Attention(width), "block_2": ResBlock(width, width)}
-    )
-
-
-def _run_middle(middle: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    return middle["block_2"](middle["attn_1"](middle["block_1"](x)))
-
-
-def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The residual blocks of a level, then its change of resolution, if it has one."""
-    for name, part in level.named_children():
-        if name == "block":
-            for block in part.children():
-                x = block(x)
-        else:
-            x = part(x)
-    return x
 
 
 class ResizeRule(Config):
@@ -473,21 +350,6 @@ def resized(image: Image, width: int, height: int) -> Image:
         picture = PilImage.fromarray(pixels).resize((width, height), PilImage.Resampling.BICUBIC)
         pixels = np.asarray(picture)
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
-
-
-def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, N, patch^2 * C): tokens row-major, inside a token row, column, channel."""
-    b, c, h, w = images.shape
-    p = patch
-    tokens = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)
-    return tokens.reshape(b, (h // p) * (w // p), p * p * c)
-
-
-def unpatchify(tokens: torch.Tensor, patch: int, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of ``patchify`` for a grid of rows and columns."""
-    p, c = patch, tokens.shape[2] // patch**2
-    images = tokens.reshape(len(tokens), rows, columns, p, p, c).permute(0, 5, 1, 3, 2, 4)
-    return images.reshape(len(tokens), c, rows * p, columns * p)
 
 
 def position_ids(rows: int, columns: int, side: int) -> torch.Tensor:

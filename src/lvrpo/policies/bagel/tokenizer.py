@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lvrpo.errors import InputError
+from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.reading import read_bytes
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -78,11 +79,7 @@ class BagelTokenizer:
         """Loads tokenizer.json, or vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
         files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
         if "tokenizer.json" in files:
-            path = folder / "tokenizer.json"
-            try:
-                tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-            except Exception as error:  # tokenizers raises nothing narrower
-                raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
+            tokenizer = parse_tokenizer(files["tokenizer.json"], folder / "tokenizer.json")
         elif "vocab.json" in files and "merges.txt" in files:
             tokenizer = _from_merges(folder, files)
             files["tokenizer.json"] = tokenizer.to_str().encode()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,45 +12,22 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import AdaptablePolicy, Modules, is_adapter
+from lvrpo.policies.adapter import Modules, is_adapter
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.diffusers_flow.checkpoint import load_pipeline, save_pipeline
 from lvrpo.policies.diffusers_flow.pipelines import FlowPipeline, Grid
-from lvrpo.policies.flow import (
-    Guidance,
-    Velocity,
-    draw_noise,
-    flow_segments,
-    guidance_of,
-    integrate,
-    replay_settings,
-    replay_steps,
-)
-from lvrpo.sampling import derive_seed, guide
-from lvrpo.types import (
-    SEGMENT_KINDS,
-    FlowSegment,
-    Group,
-    Image,
-    Prompt,
-    SegmentKind,
-    SegmentLogprobs,
-    TaskKind,
-    Trajectory,
-)
+from lvrpo.policies.flow_policy import LatentFlowPolicy, prompt_text
+from lvrpo.types import Group, Image, Prompt, SegmentKind, TaskKind, Trajectory
 
-MAX_TOKENS = 32768
-"""Tokens of prompts and images, over all branches of guidance, that go through the transformer at once."""
 Row = tuple[str, Image | None]
 """The text of a prompt and its source image."""
 
 
-class DiffusersPolicy(AdaptablePolicy):
+class DiffusersPolicy(LatentFlowPolicy[Row]):
     """A flow-matching text-to-image pipeline of diffusers.
 
     It draws from text; ``DiffusersEditPolicy`` edits, too. Its states are latents as the transformer takes them, in
-    patches; a time is a sigma of the scheduler. Both branches of classifier-free guidance are one batch, the unguided
-    one has the empty prompt; where it has no gradient, it is a pass of its own, in the rollout too.
+    patches; a time is a sigma of the scheduler.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("flow",)
@@ -68,43 +45,23 @@ class DiffusersPolicy(AdaptablePolicy):
         super().__init__()
         self.transformer: Any = transformer  # Any: a class of an optional package
         self.pipeline = pipeline
-        self.max_tokens = MAX_TOKENS
-        self._autocast: torch.dtype | None = None
         self.train(False)
 
     # --- settings ---
 
-    def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode: dropout would make a replay differ from its rollout."""
-        return super().train(False)
-
     @property
-    def _weight(self) -> torch.Tensor:
+    def base_weight(self) -> torch.Tensor:
+        """The first weight of the transformer."""
         return next(p for name, p in self.transformer.named_parameters() if not is_adapter(name))
 
     @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The autocast dtype, else that of the weights."""
-        return self._autocast or self._weight.dtype
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Turns autocast on at this dtype; off where it is the dtype of the weights."""
-        self._autocast = None if dtype == self._weight.dtype else dtype
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The autocast context of ``set_compute_dtype``."""
-        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, dtype=self._autocast)
-
-    def limit_tokens(self, limit: int | None) -> None:
-        """See ``Policy.limit_tokens``; an image of more goes through alone."""
-        self.max_tokens = limit or MAX_TOKENS
+    def two_branches(self) -> bool:
+        """Whether guidance is classifier-free."""
+        return self.pipeline.guidance == "classifier_free"
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Whether blocks of the transformer are computed again in the backward pass."""
+        self.checkpointed = on
         if on:
             self.transformer.enable_gradient_checkpointing()
         else:
@@ -140,7 +97,7 @@ class DiffusersPolicy(AdaptablePolicy):
         """Every pass of an image includes the tokens of its prompt, and the patches of a source image."""
         image = trajectory.image
         patches = 0 if image is None else image[0].numel() // self.pipeline.stride**2
-        images = 1 + (_source(trajectory.prompt) is not None)
+        images = 1 + (self.row(trajectory.prompt)[1] is not None)
         return TokenCounts(0, 0, images * patches + self.pipeline.prompt_tokens())
 
     # --- rollout ---
@@ -151,29 +108,8 @@ class DiffusersPolicy(AdaptablePolicy):
         for prompt in prompts:
             self._check(prompt)
         self.check_sampling(sampling)
-        pipeline, size, guidance = self.pipeline, sampling.group_size, guidance_of(sampling)
-        grid = pipeline.grid(sampling.image_size)
-        timesteps, shape = pipeline.timesteps(sampling, grid), (grid[0] * grid[1], pipeline.channels)
-        members = [(prompt, m, seed) for prompt, seed in zip(prompts, seeds, strict=True) for m in range(size)]
-        found: dict[int, Trajectory] = {}
-        for part in self._parts([prompt for prompt, _, _ in members], grid, guidance):
-            own = [derive_seed(members[i][2], members[i][1]) for i in part]
-            noise_seeds = [members[i][2] for i in part] if sampling.shared_noise else own
-            noise, step_noise = draw_noise(
-                sampling,
-                [derive_seed(seed, "noise") for seed in noise_seeds],
-                [derive_seed(seed, "steps") for seed in own],
-                shape,
-            )
-            step_noise = None if step_noise is None else step_noise.to(self.device)
-            velocity = self._velocity_of([members[i][0] for i in part], grid, guidance)
-            flows = integrate(velocity, sampling, timesteps, noise.to(self.device), step_noise)
-            segments = flow_segments(flows, pipeline.decode(flows.latents, grid), sampling)
-            for i, segment, seed in zip(part, segments, own, strict=True):
-                found[i] = Trajectory(members[i][0], members[i][1], (segment,), seed)
-        return [
-            Group(prompt, tuple(found[i] for i in range(p * size, (p + 1) * size))) for p, prompt in enumerate(prompts)
-        ]
+        drawn = iter(self.draw(list(zip(prompts, seeds, strict=True)), sampling))
+        return [Group(prompt, tuple(islice(drawn, sampling.group_size))) for prompt in prompts]
 
     def _check(self, prompt: Prompt) -> None:
         named = f"prompt {prompt.id!r}"
@@ -185,114 +121,57 @@ class DiffusersPolicy(AdaptablePolicy):
         if images > 1:
             raise InputError(f"{named}: has {images} pictures: this model edits one: leave the others out")
         try:
-            self.check_text(_text(prompt))
+            self.check_text(prompt_text(prompt))
         except InputError as error:
             raise InputError(f"{named}: {error}") from None
 
-    def _parts(self, prompts: Sequence[Prompt], grid: Grid, guidance: Guidance) -> list[list[int]]:
-        """Indices of the prompts of each forward pass, with a source image or without.
+    # --- the transformer ---
 
-        Sampling and replay are split alike, so that both compute the same bits.
-        """
-        branches = 1 + (guidance.scale != 1 and self.pipeline.guidance == "classifier_free")
-        found = []
-        for images in (1, 2):
-            rows = [i for i, prompt in enumerate(prompts) if 1 + (_source(prompt) is not None) == images]
-            each = branches * (images * grid[0] * grid[1] + self.pipeline.prompt_tokens())
-            at_once = max(1, self.max_tokens // each)
-            found += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
-        return found
+    def row(self, prompt: Prompt) -> Row:
+        """See ``LatentFlowPolicy.row``."""
+        return prompt_text(prompt), next((part for part in prompt.parts if not isinstance(part, str)), None)
 
-    # --- velocities ---
+    def without_text(self, row: Row) -> Row:
+        """See ``LatentFlowPolicy.without_text``."""
+        return self.pipeline.empty_prompt, row[1]
 
-    def _velocity_of(self, prompts: Sequence[Prompt], grid: Grid, guidance: Guidance) -> Velocity:
-        """The guided velocity of images after their prompts, all with a source image or none."""
-        rows = [_row(prompt) for prompt in prompts]
+    def alike(self, rows: Sequence[Row]) -> list[list[int]]:
+        """See ``LatentFlowPolicy.alike``: rows with a source image are not mixed with others."""
+        return [[i for i, (_, source) in enumerate(rows) if (source is None) == drawn] for drawn in (True, False)]
 
-        def at_state(x_t: torch.Tensor, t: torch.Tensor, at: float) -> torch.Tensor:
-            times = t.expand(len(x_t))
-            if not guidance.active(at) or self.pipeline.guidance != "classifier_free":
-                return self._call(rows, x_t, times, grid, guidance.scale)
-            return self._guided(rows, x_t, times, grid, guidance)
+    def row_tokens(self, row: Row, grid: Grid) -> int:
+        """See ``LatentFlowPolicy.row_tokens``; texts are padded."""
+        return (1 + (row[1] is not None)) * grid[0] * grid[1] + self.pipeline.prompt_tokens()
 
-        return at_state
+    def latent_grid(self, image_size: tuple[int, int] | None) -> Grid:
+        """See ``LatentFlowPolicy.latent_grid``."""
+        return self.pipeline.grid(image_size)
 
-    def _guided(
-        self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, guidance: Guidance
-    ) -> torch.Tensor:
-        """Both branches of classifier-free guidance, mixed: one pass, or two where one of them has no gradient."""
-        if guidance.scale == 1:
-            return self._call(rows, x_t, t, grid, 1.0)
-        empty = self._without_text(rows)
-        if guidance.detach_uncond:
-            v = self._call(rows, x_t, t, grid, 1.0)
-            with guidance.unguided():
-                v_no_text = self._call(empty, x_t, t, grid, 1.0)
-        else:
-            both = torch.cat([x_t, x_t]), torch.cat([t, t])
-            v, v_no_text = self._call([*rows, *empty], *both, grid, 1.0).chunk(2)
-        return guide(v, v_no_text, None, guidance.scale, 1.0, guidance.renorm, guidance.renorm_min)
+    def latent_shape(self, grid: Grid) -> tuple[int, int]:
+        """See ``LatentFlowPolicy.latent_shape``."""
+        return grid[0] * grid[1], self.pipeline.channels
 
-    def _without_text(self, rows: Sequence[Row]) -> list[Row]:
-        return [(self.pipeline.empty_prompt, source) for _, source in rows]
+    def times(self, sampling: Sampling, grid: Grid) -> torch.Tensor:
+        """See ``LatentFlowPolicy.times``: sigmas of the scheduler."""
+        return self.pipeline.timesteps(sampling, grid)
 
-    def _call(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
-        """One pass of the transformer, float32 (B, N, C)."""
-        dtype = self._weight.dtype
+    def decode_latents(self, latents: torch.Tensor, grid: Grid) -> list[Image]:
+        """See ``LatentFlowPolicy.decode_latents``."""
+        return self.pipeline.decode(latents, grid)
+
+    def flow(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+        """See ``LatentFlowPolicy.flow``."""
+        dtype, branches = self.base_weight.dtype, len(rows) // len(x_t)
         condition = dict(self.pipeline.conditions([text for text, _ in rows], self.device))
         sources = [self.pipeline.encode_source(source, grid) for _, source in rows if source is not None]
         if sources:
             condition["source"] = torch.stack(sources).to(self.device)
         condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         embedded = scale if self.pipeline.guidance == "embedded" else None
+        x_t, t = x_t.repeat(branches, 1, 1).to(dtype), t.repeat(branches)
         with self.autocast():
-            v = self.pipeline.velocity(self.transformer, x_t.to(dtype), t, condition, grid, embedded)
+            v = self.pipeline.velocity(self.transformer, x_t, t, condition, grid, embedded)
         return v.float()
-
-    def velocity(
-        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
-    ) -> torch.Tensor:
-        """See ``FlowPolicy.velocity``.
-
-        Embedded guidance: the scale is an input, and 0 is the empty prompt at scale 1.
-        """
-        segment = _segment(trajectories[0])
-        grid = self.pipeline.grid((segment.image.shape[1], segment.image.shape[2]))
-        prompts = [trajectory.prompt for trajectory in trajectories]
-        guidance = Guidance(guidance_scale or 1.0, 1.0, "none")
-        found: dict[int, torch.Tensor] = {}
-        for part in self._parts(prompts, grid, guidance):
-            rows = [_row(prompts[i]) for i in part]
-            rows = self._without_text(rows) if guidance_scale == 0 else rows
-            if self.pipeline.guidance == "classifier_free":
-                v = self._guided(rows, x_t[part], t[part], grid, guidance)
-            else:
-                v = self._call(rows, x_t[part], t[part], grid, guidance.scale)
-            found |= zip(part, v, strict=True)
-        return torch.stack([found[i] for i in range(len(prompts))])
-
-    # --- replay ---
-
-    def logprobs(
-        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
-    ) -> list[list[SegmentLogprobs]]:
-        """See ``Policy.logprobs``; images of equal settings are replayed together."""
-        found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        alike: dict[Hashable, list[int]] = {}
-        for i, trajectory in enumerate(trajectories) if "flow" in kinds else ():
-            alike.setdefault(replay_settings(_segment(trajectory)), []).append(i)
-        for same in alike.values():
-            first = _segment(trajectories[same[0]])
-            guidance = guidance_of(first)
-            grid = self.pipeline.grid((first.image.shape[1], first.image.shape[2]))
-            for part in self._parts([trajectories[i].prompt for i in same], grid, guidance):
-                chosen = [trajectories[same[k]] for k in part]
-                velocity = self._velocity_of([trajectory.prompt for trajectory in chosen], grid, guidance)
-                again = bool(self.transformer.is_gradient_checkpointing)
-                flows = replay_steps(velocity, [_segment(t) for t in chosen], self.device, again)
-                for k, logprobs, means in zip(part, flows.logprobs, flows.means, strict=True):
-                    found[same[k]].append(SegmentLogprobs(logprobs, means=means, stds=flows.stds))
-        return found
 
     # --- weights ---
 
@@ -344,21 +223,3 @@ GUIDANCE: Mapping[str, str] = {
     "none": "no guidance",
 }
 """How pipelines without classifier-free guidance are guided."""
-
-
-def _text(prompt: Prompt) -> str:
-    return " ".join(part for part in prompt.parts if isinstance(part, str))
-
-
-def _source(prompt: Prompt) -> Image | None:
-    return next((part for part in prompt.parts if not isinstance(part, str)), None)
-
-
-def _row(prompt: Prompt) -> Row:
-    return _text(prompt), _source(prompt)
-
-
-def _segment(trajectory: Trajectory) -> FlowSegment:
-    segment = trajectory.segments[-1]
-    assert isinstance(segment, FlowSegment)
-    return segment

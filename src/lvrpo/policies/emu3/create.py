@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from tokenizers import Tokenizer
 
-from lvrpo.config import Config
-from lvrpo.policies.byte_level import learn_tokenizer
+from lvrpo.policies.byte_level import LanguageSizes, learn_tokenizer
 from lvrpo.policies.emu3.policy import KIND, TEMPLATE, Emu3Policy
 from lvrpo.policies.image_text_to_text import Chat
 from lvrpo.policies.transformers_checkpoint import json_bytes
@@ -37,30 +35,13 @@ VQ_CHANNELS = 32
 """Channels of the autoencoder: the minimum for its group norms."""
 
 
-class Emu3Sizes(Config):
-    """Sizes of a random Emu3; the defaults are for tests and first runs on a CPU."""
+class Emu3Sizes(LanguageSizes):
+    """Sizes of a random Emu3; image tokens come to ``vocabulary_size``."""
 
-    width: int = Field(default=64, ge=4, multiple_of=4, le=65_536)
-    depth: int = Field(default=2, ge=1, le=1000)
-    heads: int = Field(default=4, ge=1, le=1000)
-    key_heads: int = Field(default=2, ge=1, le=1000)
-    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
-    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
-    """Tokens of texts and markers; image tokens come to it."""
-    positions: int = Field(default=512, ge=64, le=1_000_000)
     image_size: int = Field(default=32, ge=8, multiple_of=8, le=1024)
     """Side of the square drawings, and of the largest square picture that is read whole."""
     codes: int = Field(default=64, ge=2, le=1_000_000)
     """Different image tokens."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"heads={self.heads}: a width of {self.width} is not divided evenly: use another number")
-        if self.heads % self.key_heads:
-            raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
-        return self
 
 
 def create_emu3(sizes: Emu3Sizes, texts: Sequence[str] = ()) -> Emu3Policy:

@@ -15,9 +15,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_text_to_text import Chat
 from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
 from lvrpo.policies.latent_cache import LatentCache
-from lvrpo.policies.transformers_checkpoint import CONFIG, Reader, empty_model, load_model, save_model
-from lvrpo.policies.transformers_policy import default_dtype
-from lvrpo.reading import read_json_object
+from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
 from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 KIND = "an Emu3"
@@ -205,23 +203,7 @@ class Emu3Policy(ImageTokenPolicy):
         self.chat.save(folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder in the layout of transformers, in one file of weights or in shards.
-
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for another model's
-        folder, missing or damaged files, tensors that are missing or do not fit, and without transformers.
-        """
-        return cls._read_folder(Path(folder), device, dtype, load_model).to(device)
-
-    @classmethod
-    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``EstimablePolicy.from_config``."""
-        return cls._read_folder(Path(folder), device, dtype, empty_model)
-
-    @classmethod
-    def _read_folder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, read: Reader) -> Self:
-        kind = read_json_object(folder / CONFIG).get("model_type")
-        if kind != "emu3":
-            raise InputError(f"{folder}: holds a model of type {kind!r}, not 'emu3': give another one")
-        chat = Chat.load(folder, TEMPLATE)
-        return cls(read(folder, dtype or default_dtype(device), KIND), chat)
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``."""
+        model = load_model(folder, dtype, KIND, "emu3", weights=weights)
+        return cls(model, Chat.load(folder, TEMPLATE))

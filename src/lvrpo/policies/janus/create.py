@@ -11,8 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, processors
 
-from lvrpo.config import Config
-from lvrpo.policies.byte_level import learn_tokenizer
+from lvrpo.policies.byte_level import LanguageSizes, learn_tokenizer
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor
 from lvrpo.policies.transformers_checkpoint import json_bytes
@@ -30,16 +29,9 @@ VQ_CHANNELS = 32
 """Channels of the autoencoder: the minimum for its group norms."""
 
 
-class JanusSizes(Config):
-    """Sizes of a random Janus; the defaults are for tests and first runs on a CPU."""
+class JanusSizes(LanguageSizes):
+    """Sizes of a random Janus."""
 
-    width: int = Field(default=64, ge=4, multiple_of=4, le=65_536)
-    depth: int = Field(default=2, ge=1, le=1000)
-    heads: int = Field(default=4, ge=1, le=1000)
-    key_heads: int = Field(default=2, ge=1, le=1000)
-    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
-    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
-    positions: int = Field(default=512, ge=64, le=1_000_000)
     vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
     vision_depth: int = Field(default=2, ge=1, le=1000)
     vision_heads: int = Field(default=2, ge=1, le=1000)
@@ -49,7 +41,6 @@ class JanusSizes(Config):
     """A power of two: pixels along a side of a patch that is read and of a token that is drawn."""
     codes: int = Field(default=64, ge=2, le=1_000_000)
     """Different image tokens."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -57,14 +48,11 @@ class JanusSizes(Config):
             raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
-        for name, width, heads in (
-            ("heads", self.width, self.heads),
-            ("vision_heads", self.vision_width, self.vision_heads),
-        ):
-            if width % heads or (name == "heads" and (width // heads) % 2):
-                raise ValueError(f"{name}={heads}: a width of {width} is not divided evenly: use another number")
-        if self.heads % self.key_heads:
-            raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
+        if self.vision_width % self.vision_heads:
+            raise ValueError(
+                f"vision_heads={self.vision_heads}: a width of {self.vision_width} is not divided evenly: use another "
+                "number"
+            )
         return self
 
 

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import Modules
+from lvrpo.policies.adapter import Expert, Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
 from lvrpo.policies.janus.processor import PATCH, Processor
 from lvrpo.policies.tile_codebook import TileCodebook
-from lvrpo.policies.transformers_checkpoint import CONFIG, Reader, empty_model, load_model, save_model
-from lvrpo.policies.transformers_policy import default_dtype
-from lvrpo.reading import read_json_object
+from lvrpo.policies.transformers_checkpoint import load_model, save_model
 from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 DECODED = 16
@@ -38,6 +35,11 @@ class JanusPolicy(ImageTokenPolicy):
         "connector": r"model\.model\.(?P<expert>aligner|generation_aligner)\.(fc1|hidden_layers\.\d+)",
         "head": r"model\.(model\.)?(?P<expert>lm_head|generation_head)(\.proj_out|\.vision_head)?",
         "tower": r"model\.model\.(?P<expert>vision_model)\..+",
+    }
+
+    expert_prefixes: ClassVar[Mapping[Expert, tuple[str, ...]]] = {
+        "understand": ("model.vision_model.", "model.aligner.", "lm_head."),
+        "generate": ("model.generation_",),
     }
 
     def __init__(self, model: Any, processor: Processor, tiles: TileCodebook | None = None) -> None:
@@ -168,14 +170,6 @@ class JanusPolicy(ImageTokenPolicy):
 
     # --- weights ---
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """understand: vision encoder and lm_head; generate: embedding and head of image tokens; shared: the Llama."""
-        groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups[_expert_of(name)].append(parameter)
-        return groups
-
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``JanusForConditionalGeneration.from_pretrained`` reads too."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,33 +179,11 @@ class JanusPolicy(ImageTokenPolicy):
             self.tiles.save(folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder in the layout of transformers, in one file of weights or in shards.
-
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for another model's
-        folder, missing or damaged files, tensors that are missing or do not fit, and without transformers.
-        """
-        return cls._read_folder(Path(folder), device, dtype, load_model).to(device)
-
-    @classmethod
-    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``EstimablePolicy.from_config``."""
-        return cls._read_folder(Path(folder), device, dtype, empty_model)
-
-    @classmethod
-    def _read_folder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, read: Reader) -> Self:
-        kind = read_json_object(folder / CONFIG).get("model_type")
-        if kind != "janus":
-            raise InputError(f"{folder}: holds a model of type {kind!r}, not 'janus': give another one")
-        model = read(folder, dtype or default_dtype(device), "a Janus")
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``."""
+        model = load_model(folder, dtype, cls.kind, "janus", weights=weights)
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
         patch_size = round(vision.image_size / vision.num_image_tokens**0.5)
         tiles = TileCodebook.load(folder, model.config.vq_config.num_embeddings, patch_size)
         return cls(model, processor, tiles)
-
-
-def _expert_of(name: str) -> str:
-    if name.startswith(("model.vision_model.", "model.aligner.", "lm_head.")):
-        return "understand"
-    return "generate" if name.startswith("model.generation_") else "shared"

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
+from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.reading import parse_json, read_bytes
 from lvrpo.types import Image, Parts
 
@@ -201,10 +202,7 @@ class Processor:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if name not in files:
                 raise InputError(f"{folder}: holds no {name}: copy it from the published folder")
-        try:
-            tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise InputError(f"{folder / 'tokenizer.json'}: truncated or damaged ({error}): restore the file") from None
+        tokenizer = parse_tokenizer(files["tokenizer.json"], folder / "tokenizer.json")
         named = _object(files, "tokenizer_config.json", folder)
         processing = _object(files, "processor_config.json", folder)
         pictures = processing.get("image_processor") or _object(files, "preprocessor_config.json", folder)

@@ -14,7 +14,8 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import find_tensors
 from lvrpo.policies.loading import cached_folder
 from lvrpo.policies.magvit.autoencoder import Magvit, MagvitConfig
-from lvrpo.policies.transformers_checkpoint import json_bytes
+from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
+from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 
 C = TypeVar("C", bound=Config)
@@ -89,6 +90,23 @@ def load_autoencoder(folder: Path, codebook_size: int, *, weights: bool = True) 
         require_weights(file, name, tensor, "fetch the file again")
     magvit.load_state_dict({name: found[name].float() for name in shapes}, assign=True)
     return magvit
+
+
+def empty_causal_lm(kind: str, values: Mapping[str, Any], path: Path, what: str) -> Any:
+    """The language model of a kind of transformers, such as Llama, without storage. Any: of an optional package.
+
+    ``values``: of its configuration, read from ``path``; ``what``: a name for messages. Raises InputError, one line.
+    """
+    transformers = transformers_library(what)
+    try:
+        with quiet_loading(transformers):
+            config = getattr(transformers, f"{kind}Config").from_dict(dict(values))
+            with torch.device("meta"):
+                model = getattr(transformers, f"{kind}ForCausalLM")(config)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are in no file
+    except Exception as error:  # transformers checks its fields in many ways
+        raise InputError(f"{path}: {line_of(error)}: restore the file") from None
+    return model
 
 
 def save_weights(state: Mapping[str, torch.Tensor], file: Path) -> None:

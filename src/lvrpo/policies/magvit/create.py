@@ -8,7 +8,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
-from lvrpo.policies.magvit.autoencoder import GROUPS, MagvitConfig
+from lvrpo.policies.convolutions import GROUPS
+from lvrpo.policies.magvit.autoencoder import MagvitConfig
 
 
 class MagvitSizes(Config):

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lvrpo.errors import InputError
+from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.janus.processor import resized
 from lvrpo.reading import parse_json, read_bytes
 from lvrpo.types import Image
@@ -153,14 +154,11 @@ def stored_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     return {name: read_bytes(folder / name, "restore it") for name in names if (folder / name).exists()}
 
 
-def parse_tokenizer(files: Mapping[str, bytes], folder: Path, owner: str) -> Tokenizer:
+def read_tokenizer(files: Mapping[str, bytes], folder: Path, owner: str) -> Tokenizer:
     """The tokenizer of a folder's files; raises InputError, one line. ``owner``: whose folder has it."""
     if TOKENIZER not in files:
         raise InputError(f"{folder}: holds no {TOKENIZER}: copy it from the folder of {owner}")
-    try:
-        return Tokenizer.from_str(files[TOKENIZER].decode())
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"{folder / TOKENIZER}: truncated or damaged ({error}): restore the file") from None
+    return parse_tokenizer(files[TOKENIZER], folder / TOKENIZER)
 
 
 def special_token(

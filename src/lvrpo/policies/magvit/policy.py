@@ -21,6 +21,7 @@ from lvrpo.policies.transformers_policy import (
     THINK_THEN_DRAW,
     TransformersPolicy,
     require_drawn_from_text,
+    require_layer,
 )
 from lvrpo.sampling import guide_logits
 from lvrpo.types import (
@@ -246,9 +247,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     @torch.no_grad()
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """See ``Policy.reading_states``; after the last layer the states are normed."""
-        depth = len(self.model.model.layers)
-        if not 0 <= layer <= depth:
-            raise InputError(f"layer={layer}: the policy has {depth} layers")
+        require_layer(layer, len(self.model.model.layers))
         found = []
         for part in parts:
             if isinstance(part, str):

@@ -16,6 +16,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.magvit.autoencoder import Magvit
 from lvrpo.policies.magvit.checkpoint import (
     CONFIG,
+    empty_causal_lm,
     load_autoencoder,
     load_weights,
     read_settings,
@@ -25,7 +26,6 @@ from lvrpo.policies.magvit.checkpoint import (
 )
 from lvrpo.policies.mmada.layout import FIRST_MARKER, MmadaLayout
 from lvrpo.policies.transformers_checkpoint import json_bytes
-from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 
 WEIGHTS = "model.safetensors"
@@ -127,29 +127,21 @@ def require_room(config: MmadaConfig, layout: MmadaLayout, folder: Path) -> None
 
 def empty_transformer(config: MmadaConfig, path: Path) -> Any:
     """A LlamaForCausalLM of LLaDA's sizes, without storage. Any: of an optional package."""
-    transformers = transformers_library("an MMaDA")
-    try:
-        with quiet_loading(transformers):
-            llama = transformers.LlamaConfig(
-                vocab_size=config.vocabulary,
-                hidden_size=config.d_model,
-                intermediate_size=config.mlp_hidden_size or config.mlp_ratio * config.d_model,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads or config.n_heads,
-                max_position_embeddings=config.max_sequence_length,
-                rms_norm_eps=config.rms_norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                initializer_range=0.5 * config.d_model**-0.5,  # of random models: seen in the logits
-                tie_word_embeddings=config.weight_tying,
-                pad_token_id=None,
-            )
-            with torch.device("meta"):
-                model = transformers.LlamaForCausalLM(llama)
-            model.model.rotary_emb = type(model.model.rotary_emb)(llama)  # its buffers are in no file
-    except Exception as error:  # transformers checks its fields in many ways
-        raise InputError(f"{path}: {' '.join(str(error).split())[:200]}: restore the file") from None
-    return model
+    values = {
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.mlp_hidden_size or config.mlp_ratio * config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads or config.n_heads,
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": 0.5 * config.d_model**-0.5,  # of random models: seen in the logits
+        "tie_word_embeddings": config.weight_tying,
+        "pad_token_id": None,
+    }
+    return empty_causal_lm("Llama", values, path, "an MMaDA")
 
 
 def stored_name(name: str) -> str:

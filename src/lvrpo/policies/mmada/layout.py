@@ -17,7 +17,7 @@ from lvrpo.policies.magvit.layout import (
     RowBatch,
     TokenLayout,
     filled,
-    parse_tokenizer,
+    read_tokenizer,
     special_token,
     stored_files,
 )
@@ -101,7 +101,7 @@ class MmadaLayout(TokenLayout):
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], folder: Path, codes: int, mask: int, first_marker: int) -> Self:
         """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
-        tokenizer = parse_tokenizer(files, folder, OWNER)
+        tokenizer = read_tokenizer(files, folder, OWNER)
         missing = [name for name in TURN if tokenizer.token_to_id(name) is None]
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
         size = tokenizer.get_vocab_size()

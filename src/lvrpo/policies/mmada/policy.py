@@ -14,7 +14,6 @@ from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.masked_text import MaskedPass, MaskedTextPolicy
 from lvrpo.policies.mmada.checkpoint import load_mmada, save_mmada, stored_name
 from lvrpo.policies.mmada.layout import MmadaLayout
-from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.types import TaskKind, TextSegment, Trajectory
 
 HEAD = 513
@@ -86,12 +85,10 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         """Writes the published layout, with the autoencoder in a subfolder."""
         save_mmada(self.model, self.magvit, self.layout, self.stored, folder)
 
-    @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder as published; docs/guides/mmada.md says where its autoencoder is looked for.
+    from_config = None  # type: ignore[assignment]  # its memory is not estimated: decoding looks at values
 
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
-        files, tensors that are missing or do not fit, and without transformers.
-        """
-        parts = load_mmada(Path(folder), dtype or default_dtype(device))
-        return cls.with_stored_tiles(Path(folder), *parts).to(device)
+    @classmethod
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``; docs/guides/mmada.md says where its autoencoder is looked for."""
+        assert weights
+        return cls.with_stored_tiles(folder, *load_mmada(folder, dtype))

@@ -16,6 +16,7 @@ from lvrpo.policies.magvit.autoencoder import Magvit
 from lvrpo.policies.magvit.checkpoint import (
     CONFIG,
     WEIGHTS,
+    empty_causal_lm,
     find_part,
     load_autoencoder,
     load_weights,
@@ -26,7 +27,6 @@ from lvrpo.policies.magvit.checkpoint import (
 )
 from lvrpo.policies.showo.layout import MARKERS, ShowoLayout
 from lvrpo.policies.transformers_checkpoint import json_bytes
-from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 
 LANGUAGE = "phi-1_5"
@@ -70,7 +70,6 @@ def load_showo(
     ``weights``: whether they are read; parameters are on the meta device otherwise. Any: of an optional package;
     decoded JSON. Raises InputError, one line, for what is missing, damaged or does not fit.
     """
-    transformers = transformers_library("a Show-o")
     stored = read_json_object(folder / CONFIG)
     config = read_settings(ShowoConfig, stored, folder / CONFIG)
     language = find_part(folder, LANGUAGE, config.llm_model_path, "llm_model_path")
@@ -79,7 +78,7 @@ def load_showo(
     phi = read_json_object(language / CONFIG)
     if phi.get("model_type") != "phi":
         raise InputError(f"{language}: holds a model of type {phi.get('model_type')!r}, not 'phi': use that of Phi-1.5")
-    model = empty_transformer(transformers, phi, config.vocab_size, language / CONFIG)
+    model = empty_transformer(phi, config.vocab_size, language / CONFIG)
     if not weights:
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
@@ -89,18 +88,10 @@ def load_showo(
     return model, magvit, layout, stored
 
 
-def empty_transformer(transformers: Any, phi: Mapping[str, Any], vocabulary: int, path: Path) -> Any:
+def empty_transformer(phi: Mapping[str, Any], vocabulary: int, path: Path) -> Any:
     """A PhiForCausalLM with Show-o's layer norms of queries and keys, without storage. Any: of an optional package."""
     changed = {"vocab_size": vocabulary, "qk_layernorm": True, "tie_word_embeddings": False, "pad_token_id": None}
-    try:
-        with quiet_loading(transformers):
-            config = transformers.PhiConfig.from_dict({**phi, **changed})
-            with torch.device("meta"):
-                model = transformers.PhiForCausalLM(config)
-            model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are in no file
-    except Exception as error:  # transformers checks its fields in many ways
-        raise InputError(f"{path}: {' '.join(str(error).split())[:200]}: restore the file") from None
-    return model
+    return empty_causal_lm("Phi", {**phi, **changed}, path, "a Show-o")
 
 
 def save_showo(model: Any, magvit: Magvit, layout: ShowoLayout, stored: Mapping[str, Any], folder: Path) -> None:

@@ -58,7 +58,7 @@ def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
-        shapes = empty_transformer(transformers, phi, vocabulary, Path("showo-tiny"))
+        shapes = empty_transformer(phi, vocabulary, Path("showo-tiny"))
         model, autoencoder = transformers.PhiForCausalLM(shapes.config), Magvit(sizes.autoencoder)
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": END}
     files = {

@@ -16,7 +16,7 @@ from lvrpo.policies.magvit.layout import (
     RowBatch,
     TokenLayout,
     filled,
-    parse_tokenizer,
+    read_tokenizer,
     special_token,
     stored_files,
 )
@@ -94,7 +94,7 @@ class ShowoLayout(TokenLayout):
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], folder: Path, text_size: int, codes: int) -> Self:
         """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
-        tokenizer = parse_tokenizer(files, folder, OWNER)
+        tokenizer = read_tokenizer(files, folder, OWNER)
         if tokenizer.get_vocab_size() != text_size:
             raise InputError(
                 f"{folder / TOKENIZER}: knows {tokenizer.get_vocab_size()} tokens, llm_vocab_size says {text_size}: "

@@ -15,7 +15,6 @@ from lvrpo.policies.magvit.layout import RowBatch
 from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
-from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.sampling import derive_seed, token_scores, uniform_noise
 from lvrpo.types import Segment, SegmentLogprobs, TaskKind, TextSegment
 
@@ -105,17 +104,6 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         save_showo(self.model, self.magvit, self.layout, self.stored, folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder as published; docs/guides/showo.md says where its parts are looked for.
-
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
-        files, tensors that are missing or do not fit, and without transformers.
-        """
-        parts = load_showo(Path(folder), dtype or default_dtype(device))
-        return cls.with_stored_tiles(Path(folder), *parts).to(device)
-
-    @classmethod
-    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``EstimablePolicy.from_config``."""
-        parts = load_showo(Path(folder), dtype or default_dtype(device), weights=False)
-        return cls.with_stored_tiles(Path(folder), *parts)
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``; docs/guides/showo.md says where its parts are looked for."""
+        return cls.with_stored_tiles(folder, *load_showo(folder, dtype, weights=weights))

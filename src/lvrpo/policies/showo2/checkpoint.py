@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
+from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, empty_part, link_file, quiet_diffusers
 from lvrpo.policies.showo2.model import Showo2Model, Showo2Sizes
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
@@ -84,7 +85,7 @@ def load_parts(folder: Path, dtype: torch.dtype, *, weights: bool = True) -> tup
     if llm.tie_word_embeddings:
         model.showo.lm_head.weight = model.get_input_embeddings().weight
     model.make_rotary()
-    tokenizer = _tokenizer(folder, files["llm/tokenizer.json"])
+    tokenizer = parse_tokenizer(files["llm/tokenizer.json"], folder / "llm/tokenizer.json")
     return model, Parts(
         config, tokenizer, token_ids(folder, tokenizer, sizes.vocabulary), _vae(folder / VAE, weights), files, folder
     )
@@ -154,13 +155,6 @@ def _read(
             )
         state[name] = stored[name].read(dtype)
     return state
-
-
-def _tokenizer(folder: Path, content: bytes) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(content.decode())
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"{folder / 'llm/tokenizer.json'}: truncated or damaged ({error}): restore the file") from None
 
 
 def token_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> dict[str, int]:

@@ -9,8 +9,7 @@ from typing import Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
-from lvrpo.policies.byte_level import learn_tokenizer
+from lvrpo.policies.byte_level import LanguageSizes, learn_tokenizer
 from lvrpo.policies.showo2.checkpoint import CLASS, TOKENS, Parts, token_ids
 from lvrpo.policies.showo2.model import HEADS, Showo2Model, Showo2Sizes
 from lvrpo.policies.showo2.policy import ASSISTANT, SYSTEM, USER, Showo2Policy
@@ -22,16 +21,11 @@ STRIDE = 8
 """Pixels along a side of a latent value."""
 
 
-class RandomShowo2(Config):
-    """Sizes of a random Show-o2; the defaults are for tests and first runs on a CPU."""
+class RandomShowo2(LanguageSizes):
+    """Sizes of a random Show-o2."""
 
     width: int = Field(default=64, ge=8, multiple_of=8, le=65_536)
-    depth: int = Field(default=2, ge=1, le=1000)
-    heads: int = Field(default=4, ge=1, le=1000)
-    key_heads: int = Field(default=2, ge=1, le=1000)
     mlp_width: int = Field(default=96, ge=1, le=1_000_000)
-    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
-    positions: int = Field(default=512, ge=64, le=1_000_000)
     vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
     vision_depth: int = Field(default=2, ge=2, le=1000)
     """Layers of the vision encoder, of which the last is not used."""
@@ -42,16 +36,11 @@ class RandomShowo2(Config):
     """Side of a picture, a multiple of 16."""
     channels: int = Field(default=4, ge=1, le=1024)
     """Channels of a latent."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.image_size % (2 * STRIDE):
             raise ValueError(f"image_size={self.image_size}: must be a multiple of {2 * STRIDE}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"heads={self.heads}: a width of {self.width} is not divided evenly: use another number")
-        if self.heads % self.key_heads:
-            raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
         return self
 
 

@@ -5,41 +5,30 @@ Show-o2's own time runs from 0 (noise) to 1 (data); here, as everywhere in lvrpo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import Modules
+from lvrpo.policies.adapter import Expert, Modules
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_text
-from lvrpo.policies.defaults import replay_settings as text_settings
 from lvrpo.policies.defaults import with_behavior_logprobs
-from lvrpo.policies.flow import (
-    Guidance,
-    Velocity,
-    draw_noise,
-    flow_segments,
-    guidance_of,
-    integrate,
-    replay_settings,
-    replay_steps,
-    sampling_grid,
-)
+from lvrpo.policies.flow import sampling_grid
+from lvrpo.policies.flow_policy import Grid, LatentFlowPolicy, prompt_text
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.showo2.checkpoint import Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, default_dtype
-from lvrpo.sampling import derive_seed, guide, token_entropy, token_logprobs, uniform_noise
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, require_layer, require_room
+from lvrpo.sampling import derive_seed, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
-    SEGMENT_KINDS,
-    FlowSegment,
     Group,
     Image,
+    OutputKind,
     Part,
     Prompt,
     SegmentKind,
@@ -47,19 +36,20 @@ from lvrpo.types import (
     TaskKind,
     TextSegment,
     Trajectory,
-    segments_through,
 )
 from lvrpo.types import Parts as PromptParts
 
 SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
 USER, ASSISTANT = "\n<|im_start|>user\n", "\n<|im_start|>assistant\n"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",))
+"""Those of its prompts."""
 DECODED = 4
 """Latents that go through the autoencoder at once."""
 SHIFT = 3.0
 
 
-class Showo2Policy(TransformersPolicy):
+class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     """Show-o2 of any size. It draws from text alone and answers questions about pictures; its autoencoder is frozen.
 
     The unguided branch of a drawing has an empty prompt; both branches are one batch.
@@ -75,6 +65,11 @@ class Showo2Policy(TransformersPolicy):
         "connector": r"model\.(?P<expert>fusion_proj|diff_proj)\.\d+",
         "head": r"model\.(?P<expert>diffusion_head_a)\.\d+\..*",
         "tower": r"model\.(?P<expert>und_trans)\..+",
+    }
+
+    expert_prefixes: ClassVar[Mapping[Expert, tuple[str, ...]]] = {
+        "understand": ("image_embedder_und.", "position_embedding.", "und_trans."),
+        "generate": ("diffusion_head", "diff_proj.", "time_embed"),
     }
 
     def __init__(self, model: Showo2Model, parts: Parts) -> None:
@@ -96,13 +91,31 @@ class Showo2Policy(TransformersPolicy):
         """Pixels along a side of an image token."""
         return self.model.sizes.patch * 2 ** len(self.vae.config.temperal_downsample)
 
-    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Height and width in tokens of an image size in pixels; raises InputError if it is not divisible."""
-        if size is None:
+    def latent_grid(self, image_size: tuple[int, int] | None) -> Grid:
+        """See ``LatentFlowPolicy.latent_grid``."""
+        if image_size is None:
             return self.model.sizes.grid
-        if any(side % self._stride for side in size):
-            raise InputError(f"image_size={size}: sides must be multiples of {self._stride}: use {self.image_size}")
-        return size[0] // self._stride, size[1] // self._stride
+        if any(side % self._stride for side in image_size):
+            raise InputError(
+                f"image_size={image_size}: sides must be multiples of {self._stride}: use {self.image_size}"
+            )
+        return image_size[0] // self._stride, image_size[1] // self._stride
+
+    def latent_shape(self, grid: Grid) -> tuple[int, int]:
+        """See ``LatentFlowPolicy.latent_shape``."""
+        return grid[0] * grid[1], self.model.sizes.channels * self.model.sizes.patch**2
+
+    def row(self, prompt: Prompt) -> str:
+        """See ``LatentFlowPolicy.row``: the text."""
+        return prompt_text(prompt)
+
+    def without_text(self, row: str) -> str:
+        """See ``LatentFlowPolicy.without_text``: an empty prompt."""
+        return ""
+
+    def row_tokens(self, row: str, grid: Grid) -> int:
+        """See ``LatentFlowPolicy.row_tokens``; a place of an image is its time."""
+        return len(self._drawn(row)) + 1 + grid[0] * grid[1]
 
     def default_sampling(self, task: TaskKind) -> Sampling:
         """49 steps of Euler and guidance 5, as published; texts of up to 512 tokens."""
@@ -122,33 +135,22 @@ class Showo2Policy(TransformersPolicy):
         text = sum(len(s.tokens) for s in trajectory.segments if isinstance(s, TextSegment))
         if trajectory.image is None:
             return TokenCounts(0, self._length(self._question(trajectory.prompt)) + text, 0)
-        rows, columns = self._grid((trajectory.image.shape[1], trajectory.image.shape[2]))
-        return TokenCounts(0, 0, len(self._drawn(trajectory.prompt)) + 1 + rows * columns)
+        return TokenCounts(0, 0, self.row_tokens(prompt_text(trajectory.prompt), self._drawn_grid(trajectory)))
 
     # --- rollout ---
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``. Raises InputError for what a Show-o2 cannot do."""
-        size = sampling.group_size
-        members = [
-            (prompt, m, derive_seed(seed, m), seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for m in range(size)
-        ]
         for prompt in prompts:
             self._check(prompt, sampling)
-        made: list[Trajectory | None] = [None] * len(members)
-        drawing = [i for i, (prompt, *_) in enumerate(members) if prompt.output == ("image",)]
-        writing = [i for i in range(len(members)) if members[i][0].output == ("text",)]
+        pairs = list(zip(prompts, seeds, strict=True))
         with self.autocast():
-            self._draw(members, drawing, sampling, made)
-            self._write(members, writing, sampling, made)
-        found = [trajectory for trajectory in made if trajectory is not None]
-        texts = [t for t in found if t.prompt.output == ("text",)]
-        scored = {id(t): with_behavior_logprobs(t, rows) for t, rows in zip(texts, self.logprobs(texts), strict=True)}
-        found = [scored.get(id(t), t) for t in found]
-        return [Group(prompt, tuple(found[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
+            drawn = self.draw([pair for pair in pairs if pair[0].output == ("image",)], sampling)
+            written = self._write([pair for pair in pairs if pair[0].output == ("text",)], sampling)
+        scored = [with_behavior_logprobs(t, rows) for t, rows in zip(written, self.logprobs(written), strict=True)]
+        made = {"image": iter(drawn), "text": iter(scored)}
+        return [Group(prompt, tuple(islice(made[prompt.output[0]], sampling.group_size))) for prompt in prompts]
 
     def _check(self, prompt: Prompt, sampling: Sampling) -> None:
         named = f"prompt {prompt.id!r}"
@@ -156,64 +158,37 @@ class Showo2Policy(TransformersPolicy):
         for part in prompt.parts:
             if isinstance(part, str):
                 self.check_text(part)
-        if prompt.output not in (("text",), ("image",)):
+        if prompt.output not in OUTPUTS:
             raise InputError(f"{named}: a Show-o2 answers or draws, not {' and '.join(prompt.output)}: ask for one")
         if prompt.output == ("image",):
             if pictures:
                 raise InputError(f"{named}: a Show-o2 draws from text alone, not from a picture: leave the picture out")
-            rows, columns = self._grid(sampling.image_size)
-            length, new = len(self._drawn(prompt)), 1 + rows * columns
+            grid = self.latent_grid(sampling.image_size)
+            length, new = len(self._drawn(prompt_text(prompt))), 1 + grid[0] * grid[1]
         else:
             if len(pictures) > 1:
                 raise InputError(f"{named}: {len(pictures)} pictures: a Show-o2 reads one: leave the others out")
             length, new = self._length(self._question(prompt)), sampling.max_new_tokens
-        if length + new > self.positions:
-            raise InputError(
-                f"{named}: {length} tokens and {new} after them, the limit is {self.positions}: shorten it, or write "
-                "less (max_new_tokens)"
-            )
+        require_room(prompt, length, new, self.positions)
 
-    def _draw(
-        self, members: Sequence[Any], chosen: Sequence[int], sampling: Sampling, made: list[Trajectory | None]
-    ) -> None:
-        """Puts the drawings of members into ``made``. Any: a tuple of prompt, member and seeds."""
-        grid, guidance = self._grid(sampling.image_size), guidance_of(sampling)
-        sizes = self.model.sizes
-        shape = grid[0] * grid[1], sizes.channels * sizes.patch**2
-        for part in self._drawn_parts([members[i][0] for i in chosen], grid, guidance):
-            own = [members[chosen[k]] for k in part]
-            noise, step_noise = draw_noise(
-                sampling,
-                [derive_seed(seed if sampling.shared_noise else each, "noise") for _, _, each, seed in own],
-                [derive_seed(each, "steps") for _, _, each, _ in own],
-                shape,
-            )
-            step_noise = None if step_noise is None else step_noise.to(self.device)
-            velocity = self._velocity_of([prompt for prompt, *_ in own], grid, guidance)
-            times = sampling_grid(replace(sampling, timestep_shift=sampling.timestep_shift or SHIFT))
-            flows = integrate(velocity, sampling, times, noise.to(self.device), step_noise)
-            segments = flow_segments(flows, self.decode_latents(flows.latents, grid), sampling)
-            for k, segment, (prompt, member, each, _) in zip(part, segments, own, strict=True):
-                made[chosen[k]] = Trajectory(prompt, member, (segment,), each)
-
-    def _write(
-        self, members: Sequence[Any], chosen: Sequence[int], sampling: Sampling, made: list[Trajectory | None]
-    ) -> None:
-        """Puts the answers of members into ``made``. Any: a tuple of prompt, member and seeds."""
-        questions = [self._question(members[i][0]) for i in chosen]
-        new, eos = sampling.max_new_tokens, self.parts.ids["<|im_end|>"]
+    def _write(self, pairs: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Trajectory]:
+        """``sampling.group_size`` answers to each prompt, given with its seed."""
+        members = [(prompt, m, derive_seed(seed, m)) for prompt, seed in pairs for m in range(sampling.group_size)]
+        questions = [self._question(prompt) for prompt, _, _ in members]
+        new, eos, found = sampling.max_new_tokens, self.parts.ids["<|im_end|>"], list[Trajectory]()
         embed = self.model.get_input_embeddings()
         for part in self.cut([self._length(parts) + new for parts in questions]):
-            own = [members[chosen[k]] for k in part]
-            u = uniform_noise([derive_seed(each, "text") for _, _, each, _ in own], (new,)).to(self.device)
+            own = [members[k] for k in part]
+            u = uniform_noise([derive_seed(each, "text") for _, _, each in own], (new,)).to(self.device)
             decoder, owner = self._decoder([questions[k] for k in part])
             decoder.reserve(new)
             texts = generate_text(decoder, owner, embed, self.model.showo.lm_head, {eos}, u, sampling.temperature)
-            for k, (prompt, member, each, _), ids in zip(part, own, texts, strict=True):
+            for (prompt, member, each), ids in zip(own, texts, strict=True):
                 ended = ids[-1] == eos
                 text = self.parts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
                 segment = TextSegment(torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, text, ended)
-                made[chosen[k]] = Trajectory(prompt, member, (segment,), each)
+                found.append(Trajectory(prompt, member, (segment,), each))
+        return found
 
     def _decoder(self, questions: Sequence[PromptParts]) -> tuple[Decoder, list[int]]:
         """Reads every different question once; which of them each is."""
@@ -242,9 +217,8 @@ class Showo2Policy(TransformersPolicy):
     def _encode(self, text: str) -> list[int]:
         return list(self.parts.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _drawn(self, prompt: Prompt | None) -> list[int]:
-        """Ids before an image; None: those of the unguided branch."""
-        text = "" if prompt is None else " ".join(part for part in prompt.parts if isinstance(part, str))
+    def _drawn(self, text: str) -> list[int]:
+        """Ids before an image; an empty text is the unguided branch."""
         return [self.parts.ids["<|im_start|>"], *self._encode(text), self.parts.ids["<|vision_start|>"]]
 
     def _question(self, prompt: Prompt) -> PromptParts:
@@ -302,15 +276,13 @@ class Showo2Policy(TransformersPolicy):
         return (latent - mean) / std
 
     @torch.no_grad()
-    def decode_latents(self, tokens: torch.Tensor, grid: tuple[int, int]) -> list[Image]:
-        """Pictures of image tokens (B, N, patch * patch * C), on the CPU."""
+    def decode_latents(self, latents: torch.Tensor, grid: Grid) -> list[Image]:
+        """Pictures of tokens (B, N, patch * patch * C), on the CPU."""
         sizes, (mean, std) = self.model.sizes, self._moments()
-        latents = (
-            to_latents(tokens.float(), (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels) * std + mean
-        )
+        z = to_latents(latents.float(), (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels) * std + mean
         found: list[Image] = []
         with torch.autocast(self.device.type, enabled=False):
-            for part in latents.split(DECODED):
+            for part in z.split(DECODED):
                 pixels = self.vae.decode(part[:, :, None].to(self.vae.dtype)).sample[:, :, 0]
                 found += list(((pixels.float() + 1) / 2).clamp(0, 1).cpu())
         return found
@@ -325,94 +297,27 @@ class Showo2Policy(TransformersPolicy):
 
     # --- velocities ---
 
-    def _drawn_parts(self, prompts: Sequence[Prompt], grid: tuple[int, int], guidance: Guidance) -> list[list[int]]:
-        branches = 1 + (guidance.scale != 1)
-        return self.cut([branches * (len(self._drawn(prompt)) + 1 + grid[0] * grid[1]) for prompt in prompts])
+    def times(self, sampling: Sampling, grid: Grid) -> torch.Tensor:
+        """See ``LatentFlowPolicy.times``."""
+        return sampling_grid(replace(sampling, timestep_shift=sampling.timestep_shift or SHIFT))
 
-    def _velocity_of(self, prompts: Sequence[Prompt], grid: tuple[int, int], guidance: Guidance) -> Velocity:
-        """The guided velocity of images after their prompts."""
-
-        def at_state(x_t: torch.Tensor, t: torch.Tensor, at: float) -> torch.Tensor:
-            times = t.expand(len(x_t))
-            if guidance.scale == 1 or not guidance.active(at):
-                return self._flow(list(prompts), x_t, times, grid)
-            nothing = [None] * len(prompts)
-            if guidance.detach_uncond:
-                v = self._flow(list(prompts), x_t, times, grid)
-                with guidance.unguided():
-                    v_no_text = self._flow(nothing, x_t, times, grid)
-            else:
-                v, v_no_text = self._flow([*prompts, *nothing], x_t, times, grid).chunk(2)
-            return guide(v, v_no_text, None, guidance.scale, 1.0, guidance.renorm, guidance.renorm_min)
-
-        return at_state
-
-    def _flow(
-        self, prompts: Sequence[Prompt | None], x_t: torch.Tensor, t: torch.Tensor, grid: tuple[int, int]
-    ) -> torch.Tensor:
-        """One pass, float32; ``prompts`` may be several branches of the same states one after another."""
-        sizes = self.model.sizes
+    def flow(self, rows: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+        """See ``LatentFlowPolicy.flow``; latents of several branches are embedded once."""
+        sizes, repeats = self.model.sizes, len(rows) // len(x_t)
         latents = to_latents(x_t, (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels)
-        repeats = len(prompts) // len(x_t)
         with self.autocast(), self.checkpointing():
             images = self.model.embed_images(latents, 1 - t).repeat(repeats, 1, 1)
-            before = [self._embedded(self._drawn(prompt)) for prompt in prompts]
-            rows = place_rows(before, list(images), [self._embedded([])] * len(prompts))
-            return -self.model.velocity(rows, (1 - t).repeat(repeats)).float()
-
-    def velocity(
-        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
-    ) -> torch.Tensor:
-        """See ``FlowPolicy.velocity``."""
-        prompts = [trajectory.prompt for trajectory in trajectories]
-        image = _drawing(trajectories[0]).image
-        grid = self._grid((image.shape[1], image.shape[2]))
-        guidance = Guidance(guidance_scale, 1.0, "none")
-        found = []
-        for part in self._drawn_parts(prompts, grid, guidance):
-            own, x, times = [prompts[k] for k in part], x_t[part], t[part]
-            if guidance_scale in (0, 1):
-                found.append(self._flow(own if guidance_scale else [None] * len(own), x, times, grid))
-                continue
-            v, v_no_text = self._flow([*own, *[None] * len(own)], x, times, grid).chunk(2)
-            found.append(guide(v, v_no_text, None, guidance_scale, 1.0, "none", 0.0))
-        return torch.cat(found)
+            before = [self._embedded(self._drawn(row)) for row in rows]
+            placed = place_rows(before, list(images), [self._embedded([])] * len(rows))
+            return -self.model.velocity(placed, (1 - t).repeat(repeats)).float()
 
     # --- replay ---
 
-    def logprobs(
-        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
-    ) -> list[list[SegmentLogprobs]]:
-        """Differentiable replay of segments with equal settings in one pass; see ``Policy.logprobs``."""
-        out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        alike: dict[Hashable, list[int]] = {}
-        for i, trajectory in enumerate(trajectories):
-            for segment in segments_through(trajectory, kinds):  # at most one
-                settings = replay_settings(segment) if isinstance(segment, FlowSegment) else text_settings(segment)
-                alike.setdefault(settings, []).append(i)
-        for same in alike.values():
-            own = [trajectories[i] for i in same]
-            scored = self._replay_flows(own) if own[0].image is not None else self._replay_texts(own)
-            for i, found in zip(same, scored, strict=True):
-                out[i] = [found]
-        return out
-
-    def _replay_flows(self, trajectories: Sequence[Trajectory]) -> list[SegmentLogprobs]:
-        first = _drawing(trajectories[0])
-        grid, guidance = self._grid((first.image.shape[1], first.image.shape[2])), guidance_of(first)
-        prompts, found = [trajectory.prompt for trajectory in trajectories], []
-        for part in self._drawn_parts(prompts, grid, guidance):
-            velocity = self._velocity_of([prompts[k] for k in part], grid, guidance)
-            flows = replay_steps(velocity, [_drawing(trajectories[k]) for k in part], self.device, self.checkpointed)
-            for logprobs, means in zip(flows.logprobs, flows.means, strict=True):
-                found.append(SegmentLogprobs(logprobs, means=means, stds=flows.stds))
-        return found
-
-    def _replay_texts(self, trajectories: Sequence[Trajectory]) -> list[SegmentLogprobs]:
-        segments = [trajectory.segments[0] for trajectory in trajectories]
-        assert all(isinstance(segment, TextSegment) for segment in segments)
+    def replay_texts(self, trajectories: Sequence[Trajectory]) -> list[SegmentLogprobs]:
+        """See ``LatentFlowPolicy.replay_texts``."""
+        segments = [segment for t in trajectories for segment in t.segments if isinstance(segment, TextSegment)]
         questions = [self._question(trajectory.prompt) for trajectory in trajectories]
-        return self._score(questions, [s.tokens for s in segments], segments[0].temperature)  # type: ignore[union-attr]
+        return self._score(questions, [segment.tokens for segment in segments], segments[0].temperature)
 
     def _score(
         self, questions: Sequence[PromptParts], answers: Sequence[torch.Tensor], temperature: float
@@ -441,9 +346,8 @@ class Showo2Policy(TransformersPolicy):
     @torch.no_grad()
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """See ``Judge.reading_states``; after the last layer the states are normed."""
-        depth, found, ids = len(self.model.showo.model.layers), [], self.parts.ids
-        if not 0 <= layer <= depth:
-            raise InputError(f"layer={layer}: the policy has {depth} layers")
+        require_layer(layer, len(self.model.showo.model.layers))
+        found, ids = [], self.parts.ids
         with self.autocast():
             for part in parts:
                 drawn = isinstance(part, torch.Tensor)
@@ -456,40 +360,11 @@ class Showo2Policy(TransformersPolicy):
 
     # --- weights ---
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """understand: semantic layers; generate: flow head and time; shared: language model and projections."""
-        groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups[_expert_of(name)].append(parameter)
-        return groups
-
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``load`` reads; the frozen autoencoder is linked where the file system can."""
         save_parts(self.model, self.parts, folder)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads a folder in the layout of docs/guides/showo2.md; safetensors only.
-
-        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
-        files, tensors that are missing or do not fit, and without transformers or diffusers.
-        """
-        return cls(*load_parts(Path(folder), dtype or default_dtype(device))).to(device)
-
-    @classmethod
-    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """See ``EstimablePolicy.from_config``."""
-        return cls(*load_parts(Path(folder), dtype or default_dtype(device), weights=False))
-
-
-def _expert_of(name: str) -> str:
-    if name.startswith(("image_embedder_und.", "position_embedding.", "und_trans.")):
-        return "understand"
-    return "generate" if name.startswith(("diffusion_head", "diff_proj.", "time_embed")) else "shared"
-
-
-def _drawing(trajectory: Trajectory) -> FlowSegment:
-    segment = trajectory.segments[-1]
-    assert isinstance(segment, FlowSegment)
-    return segment
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``; the layout is that of docs/guides/showo2.md, safetensors only."""
+        return cls(*load_parts(folder, dtype, weights=weights))

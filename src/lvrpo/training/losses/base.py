@@ -223,13 +223,6 @@ def kept_members(
     ]
 
 
-def flow_segment(trajectory: Trajectory) -> FlowSegment:
-    """The image of a trajectory: its last segment."""
-    segment = trajectory.segments[-1]
-    assert isinstance(segment, FlowSegment)
-    return segment
-
-
 def recorded_passes(trajectory: Trajectory, kinds: Collection[SegmentKind] = SEGMENT_KINDS) -> int:
     """``segment_passes`` of the segments that ``RolloutPolicy.logprobs`` replays for these kinds."""
     return sum(segment_passes(segment) for segment in segments_through(trajectory, kinds))

@@ -62,10 +62,7 @@ class FlowBestOf(FlowObjective):
     """The flow-matching loss of the best images of every group."""
 
     off_policy = True
-
-    def __init__(self, config: FlowBestOfConfig) -> None:
-        super().__init__(config)
-        self.config = config
+    config: FlowBestOfConfig
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return best_members(groups, advantages, "flow", self.config.top_k)

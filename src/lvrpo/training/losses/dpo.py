@@ -52,10 +52,7 @@ class TextDPO(TokenObjective):
 
     unit = 2
     off_policy = True
-
-    def __init__(self, config: TextDPOConfig, max_new_tokens: int, kind: SegmentKind = "text") -> None:
-        super().__init__(config, max_new_tokens, kind)
-        self.config = config
+    config: TextDPOConfig
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return preference_members(groups, advantages, self.kind)
@@ -78,10 +75,7 @@ class FlowDPO(FlowObjective):
 
     unit = 2
     off_policy = True
-
-    def __init__(self, config: FlowDPOConfig) -> None:
-        super().__init__(config)
-        self.config = config
+    config: FlowDPOConfig
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return preference_members(groups, advantages, "flow")

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from lvrpo.algorithms import best_worst_mask, centered_advantages, flow_matching_loss, velocity_regularizer
 from lvrpo.config import Config
 from lvrpo.policies.base import FlowPolicy, require_method
+from lvrpo.policies.flow import flow_segment
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.losses.base import (
     FrozenPolicy,
@@ -21,7 +22,6 @@ from lvrpo.training.losses.base import (
     Member,
     Microbatch,
     Objective,
-    flow_segment,
     kept_members,
 )
 from lvrpo.training.losses.tokens import LR_HINT
@@ -100,7 +100,7 @@ class FlowObjective(Objective):
     kind: SegmentKind = "flow"
 
     def __init__(self, config: FlowLossConfig) -> None:
-        self.weight = config.weight
+        self.config, self.weight = config, config.weight
 
 
 class ContrastObjective(FlowObjective):

@@ -19,8 +19,9 @@ from lvrpo.algorithms import (
     velocity_regularizer,
 )
 from lvrpo.policies.base import FlowPolicy, require_method
+from lvrpo.policies.flow import flow_segment
 from lvrpo.sampling import STEPS, step_weights
-from lvrpo.training.losses.base import FrozenPolicy, LossOutput, Microbatch, flow_segment, recorded_passes
+from lvrpo.training.losses.base import FrozenPolicy, LossOutput, Microbatch, recorded_passes
 from lvrpo.training.losses.flow import ContrastConfig, ContrastObjective
 from lvrpo.types import FlowSegment, Trajectory
 
@@ -64,9 +65,7 @@ class MixGRPOConfig(RecordedStepsConfig):
 class FlowGRPO(ContrastObjective):
     """The clipped objective on the recorded stochastic steps, plus a KL term."""
 
-    def __init__(self, config: RecordedStepsConfig) -> None:
-        super().__init__(config)
-        self.config = config
+    config: RecordedStepsConfig
 
     def passes(self, trajectory: Trajectory) -> int:
         steps = len(flow_segment(trajectory).trained_steps)

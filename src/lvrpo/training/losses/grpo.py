@@ -23,7 +23,7 @@ from lvrpo.training.losses.tokens import (
     token_grid,
     token_segments,
 )
-from lvrpo.types import Group, SegmentKind
+from lvrpo.types import Group
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -85,11 +85,7 @@ class DrGRPOConfig(PolicyGradientConfig):
 class GRPO(TokenObjective):
     """Policy gradient on the tokens of the valid members of every group with signal."""
 
-    def __init__(
-        self, config: GRPOConfig | DAPOConfig | DrGRPOConfig, max_new_tokens: int, kind: SegmentKind = "text"
-    ) -> None:
-        super().__init__(config, max_new_tokens, kind)
-        self.config = config
+    config: GRPOConfig | DAPOConfig | DrGRPOConfig
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return [

@@ -64,7 +64,7 @@ class TokenObjective(Objective):
     """Base of the objectives on tokens."""
 
     def __init__(self, config: TokenLossConfig, max_new_tokens: int, kind: SegmentKind = "text") -> None:
-        self.weight = config.weight
+        self.config, self.weight = config, config.weight
         self.max_new_tokens = max_new_tokens
         self.kind = kind
 
