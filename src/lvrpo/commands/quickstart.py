@@ -158,7 +158,7 @@ def _closing_message(run: Path, summary: dict, seconds: float) -> str:
     cost = f"alignment {summary['seconds']:.0f} s"
     if baseline:
         cost += f", {baseline['name']} {baseline['seconds']:.0f} s"
-    cost += f", all in all {seconds:.0f} s; peak memory {summary['peak_memory_gib']:.2f} GiB"
+    cost += f", in total {seconds:.0f} s; peak memory {summary['peak_memory_gib']:.2f} GiB"
     return "\n".join(
         [
             "",
@@ -168,7 +168,7 @@ def _closing_message(run: Path, summary: dict, seconds: float) -> str:
             "",
             "next:",
             f'  lvrpo generate {run} --prompt "two red circles left of a blue star" --out drawings',
-            "  lvrpo quickstart --config self    # no verifier, no answers: nobody but the model judges",
+            "  lvrpo quickstart --config self    # no labels: the model itself is the judge",
             "  lvrpo train quickstart seed=1 --out runs/other && lvrpo compare " + f"{run} runs/other",
         ]
     )
