@@ -434,3 +434,19 @@ def test_settings_are_described_on_the_command_line(command: str, setting: str, 
     assert {name.partition("  ")[0] for name in every.splitlines() if not name.startswith(" ")} >= {setting, "seed"}
     assert main([command, "--config-help", f"x{setting}"]) == 2
     assert f"did you mean {setting}?" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_ends_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    """rich turns the closed pipe of ``lvrpo train ... | head`` into SystemExit(1)."""
+
+    def closed(arguments: list[str]) -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  # as rich does
+
+    monkeypatch.setattr("lvrpo.cli.parse_command", closed)
+    assert main(["data", "vocabulary"]) == 1
+    assert (
+        capsys.readouterr().err == "error: the program that reads the output has ended, so the command stopped, too\n"
+    )

@@ -134,6 +134,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return NOT_WELL, f"not healthy: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # raised by rich
+        return FAILED, "error: the program that reads the output has ended, so the command stopped, too"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         return FAILED, "error: the output cannot be written: no space is left on its device: free some"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
