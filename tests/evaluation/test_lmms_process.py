@@ -168,10 +168,37 @@ def test_groups_filters_and_directions_are_named(tmp_path: Path) -> None:
     assert found["a (lower is better)"].record is not None
 
 
+def test_own_benchmarks_and_tasks_are_one_table(stub: Path, small_base: Path, tmp_path: Path, capsys: Output) -> None:
+    plan(stub, {"pope": {"results": results(acc=0.5), "samples": {"pope": samples([1, 0, 1, 0])}}})
+    out = tmp_path / "out"
+    asked = [
+        *command(stub, "pope", out, small_base),
+        "--against",
+        str(small_base),
+        "--benchmark",
+        "understand",
+        "--n",
+        "4",
+    ]
+    asked += ["--sampled-prompts", "0"]
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "understand" in shown
+    assert "pope" in shown
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["results"]) == set(found["difference"]) == set(found["scores"]) == {"understand", "pope"}
+    assert found["before"]["results"]["understand"]["score"] == found["results"]["understand"]["score"]
+    assert found["difference"]["pope"]["score"] == 0
+    assert (out / "after/understand/items.jsonl").is_file()
+    plan(stub, {}, unknown=["pope"])  # nothing is drawn for a command that cannot end
+    assert main([*asked, "--out", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("said", "code", "line"),
     [
-        ("Traceback\nRuntimeError: CUDA out of memory", 1, "Traceback | RuntimeError: CUDA out of memory"),
+        ("Traceback\nRuntimeError: CUDA out of memory", 1, "RuntimeError: CUDA out of memory"),
         ("x | ERROR | Error during evaluation: no such split. Please set `--verbosity=DEBUG`", 0, "no such split"),
         ("all is well", 0, "Loading | all is well"),
     ],
@@ -184,7 +211,7 @@ def test_a_task_that_fails_does_not_stop_the_others(
     out = tmp_path / "out"
     assert main(command(stub, "bad,pope", out)) == 1
     shown = capsys.readouterr()
-    assert f"task bad failed: {'Loading | ' if code else ''}{line}: see" in shown.err
+    assert f"task bad failed: {line}: see" in shown.err
     assert ".50 [" in shown.out
     assert "bad" in json.loads((out / "results.json").read_text())["failed"]
     plan(stub, {"bad": {**good, "results": results(acc=0.5, name="bad")}, "pope": {"said": "is not run again"}})
@@ -226,7 +253,7 @@ def test_what_is_missing_is_said_before_anything_runs(
         (["--lmms-eval", "pope"], "add --out DIR"),
         (["--lmms-args", "mode=edit"], "--lmms-args: belongs to --lmms-eval"),
         (["--lmms-install"], "--lmms-install: belongs to --lmms-eval"),
-        (["--lmms-eval", "pope", "--out", "o", "--benchmark", "scenes"], "are two commands"),
+        (["--lmms-eval", "pope", "--out", "o", "--benchmark", "scenes", "--tune", "f"], "--tune: chooses sampling"),
         (["--lmms-eval", "pope", "--out", "o", "--judge", "tiny"], "--judge: applies to lvrpo's own benchmarks only"),
         (["--lmms-eval", "pope", "--out", "o", "--guidance", "1,4"], "takes one scale"),
         (["--lmms-eval", "pope,pope", "--out", "o"], "task 'pope': named twice"),

@@ -117,15 +117,31 @@ def evaluate(options: Options) -> None:
     require_divisible(options)
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
     with resumable(options.out):
-        (evaluate_by_us if options.lmms_eval is None else evaluate_by_lmms)(options)
+        if options.lmms_eval is None:
+            evaluate_by_us(options)
+        else:
+            evaluate_by_lmms(options)
 
 
 def evaluate_by_us(options: Options) -> None:
     """Our own benchmarks, and published ones with scorers of ours."""
-    import torch
-
     from lvrpo.commands.tables import wide_console
     from lvrpo.distributed import is_main
+
+    options.benchmark = options.benchmark or ["scenes"]
+    if options.tune is not None:
+        tune(options)
+        return
+    console = wide_console(quiet=not is_main())
+    head, result, before = measured(options, console)
+    if is_main():
+        report(options, head, result, before, console)
+
+
+def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
+    """What results.json begins with, the records of MODEL, and of ``--against`` before. Any: JSON values."""
+    import torch
+
     from lvrpo.evaluation import suite
     from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
     from lvrpo.evaluation.tuning import TunedSampling
@@ -133,10 +149,6 @@ def evaluate_by_us(options: Options) -> None:
     from lvrpo.rewards.base import judge_fingerprint
     from lvrpo.training.splits import require_unseen_by
 
-    options.benchmark = options.benchmark or ["scenes"]
-    if options.tune is not None:
-        tune(options)
-        return
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
     inputs = BenchmarkInputs(
@@ -157,7 +169,6 @@ def evaluate_by_us(options: Options) -> None:
     reward_judge = (
         load_policy(judged_by, options.device).make_reference() if rewarded and judged_by is not None else None
     )
-    console = wide_console(quiet=not is_main())
     settings = suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge)
     before = None if against is None else evaluated(options, against, benchmarks, settings, console, "before")
     result = evaluated(options, policy, benchmarks, settings, console, "" if against is None else "after")
@@ -166,25 +177,44 @@ def evaluate_by_us(options: Options) -> None:
         head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
     if options.information:
         head["information"] = information(policy, options.seed, console)
-    if is_main():
-        write_results(options, head, result, before)
-        print_results(options, result, before, console)
-        if options.geneval_layout is not None:
-            phases = {"": result.scored} if before is None else {"before": before.scored, "after": result.scored}
-            for folder in write_geneval_layout(options, {phase: list(found) for phase, found in phases.items()}):
-                console.print(f"GenEval's layout: {folder}", style="dim", markup=False)
+    return head, result, before
 
 
 def evaluate_by_lmms(options: Options) -> None:
-    """The tasks of ``--lmms-eval``, in the same files and tables as our own benchmarks."""
-    from lvrpo.commands.lmms_eval import evaluate_lmms, require_all
+    """The tasks of ``--lmms-eval`` and the benchmarks beside them, in one file and one table."""
+    from dataclasses import replace
+
+    from lvrpo.commands.lmms_eval import evaluate_lmms, open_lmms, require_all
     from lvrpo.commands.tables import wide_console
 
     console = wide_console()
-    result, before = evaluate_lmms(options, console)
-    write_results(options, {"model": options.model, "seed": options.seed}, result, before)
-    print_results(options, result, before, console)
+    tasks, harness = open_lmms(options)
+    head: dict[str, Any] = {"model": options.model, "seed": options.seed}
+    own, own_before = None, None
+    if options.benchmark is not None:
+        head, own, own_before = measured(options, console)
+    result, before = evaluate_lmms(options, tasks, harness, console)
+    result = replace(result, own=own)
+    before = None if before is None else replace(before, own=own_before)
+    report(options, head, result, before, console)
     require_all(before, result)
+
+
+def report(
+    options: Options,
+    head: dict[str, Any],
+    result: Evaluation | HarnessEvaluation,
+    before: Evaluation | HarnessEvaluation | None,
+    console: Console,
+) -> None:
+    """Writes and prints what was measured. Any: JSON values."""
+    write_results(options, head, result, before)
+    print_results(options, result, before, console)
+    if options.geneval_layout is not None:
+        phases = ("",) if before is None else ("before", "after")
+        names = list(result.results())
+        for folder in write_geneval_layout(options, dict.fromkeys(phases, names)):
+            console.print(f"GenEval's layout: {folder}", style="dim", markup=False)
 
 
 def write_results(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lvrpo.evaluation.benchmarks.lmms_results import HarnessEvaluation
 
 OF_OWN_BENCHMARKS = (
-    "tune",
     "tuned",
     "judge",
     "samples",
@@ -40,7 +39,7 @@ def lmms_options(parser: Parser) -> None:
         "--lmms-eval",
         type=names,
         metavar="TASK[,TASK]",
-        help="tasks of lmms-eval by name or FILE.yaml, instead of --benchmark",
+        help="tasks of lmms-eval by name or FILE.yaml, alone or beside --benchmark",
     )
     group.add_argument(
         "--lmms-env",
@@ -78,20 +77,24 @@ def refuse_lmms_options(options: Options) -> None:
         if name := next((name for name, value in given.items() if value), None):
             raise InputError(f"--{name}: belongs to --lmms-eval: add it, or leave this out")
         return
-    if name := next((name for name in OF_OWN_BENCHMARKS if getattr(options, name)), None):  # the parser's
+    if options.tune is not None:
+        raise InputError("--tune: chooses sampling for lvrpo's own benchmarks: leave it out, or --lmms-eval")
+    own = () if options.benchmark else OF_OWN_BENCHMARKS
+    if name := next((name for name in own if getattr(options, name)), None):  # the parser's
         raise InputError(
-            f"--{name.replace('_', '-')}: applies to lvrpo's own benchmarks only: leave it out, or --lmms-eval"
+            f"--{name.replace('_', '-')}: applies to lvrpo's own benchmarks only: leave it out, or add --benchmark"
         )
-    if options.benchmark is not None:
-        raise InputError("--benchmark and --lmms-eval: are two commands: give one of them")
     if options.out is None:
         raise InputError("--lmms-eval: keeps what it writes: add --out DIR")
-    if options.guidance is not None and len(options.guidance) > 1:
-        raise InputError(f"--guidance {','.join(map(str, options.guidance))}: lmms-eval takes one scale: give one")
+    if options.guidance is not None and len(options.guidance) > 1 and "guidance_scale" not in options.lmms_args:
+        raise InputError(
+            f"--guidance {','.join(map(str, options.guidance))}: lmms-eval takes one scale: give one, or add "
+            "--lmms-args guidance_scale=X"
+        )
 
 
-def evaluate_lmms(options: Options, console: Console) -> tuple[HarnessEvaluation, HarnessEvaluation | None]:
-    """The scores of MODEL, and of ``--against`` before."""
+def open_lmms(options: Options) -> tuple[list[HarnessTask], Harness]:
+    """The tasks and the interpreter that runs them; raises InputError where a model, a task or a package is missing."""
     from lvrpo.evaluation.benchmarks import lmms_process as process
     from lvrpo.policies.loading import policy_folder
 
@@ -105,7 +108,13 @@ def evaluate_lmms(options: Options, console: Console) -> tuple[HarnessEvaluation
     if options.lmms_install:
         process.install(where)
     python = process.find_interpreter(where)
-    harness = _harness_of(options, python, process.check_environment(python, tasks))
+    return tasks, _harness_of(options, python, process.check_environment(python, tasks))
+
+
+def evaluate_lmms(
+    options: Options, tasks: Sequence[HarnessTask], harness: Harness, console: Console
+) -> tuple[HarnessEvaluation, HarnessEvaluation | None]:
+    """The scores of MODEL, and of ``--against`` before."""
     before = None
     if options.against is not None:
         before = scores_of(options, tasks, harness, options.against, None, "before", console)

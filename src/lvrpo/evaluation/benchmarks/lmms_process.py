@@ -57,6 +57,7 @@ print(json.dumps(found))
 """
 """What an interpreter is asked first: its version of lmms-eval, a package that it lacks, tasks unknown to it."""
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 _FAILED = re.compile(r"Error during evaluation: (.*?)(\. Please set `--verbosity|$)")
 
 
@@ -251,9 +252,10 @@ def run_logged(command: Sequence[str], log: Path) -> int:
 
 
 def excerpt(text: str) -> str:
-    """Why a process failed, in one line: the error that lmms-eval names, else the last lines."""
-    lines = [_COLOR.sub("", line).strip() for line in text.splitlines()]
+    """Why a process failed, in one line: the error that ends it or that lmms-eval names, else the last lines."""
+    lines = [line for each in text.splitlines() if (line := _COLOR.sub("", each).strip())]
     named = [found[1] for line in lines if (found := _FAILED.search(line)) and found[1]]
-    said = named[-1] if named else " | ".join([line for line in lines if line][-LAST_LINES:])
+    named += [line for line in lines[-1:] if _RAISED.match(line)]
+    said = named[-1] if named else " | ".join(lines[-LAST_LINES:])
     said = said or "it printed nothing"
     return said if len(said) <= MAX_EXCERPT else f"...{said[-MAX_EXCERPT:]}"

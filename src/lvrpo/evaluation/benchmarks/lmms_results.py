@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvrpo.errors import ContractError
 from lvrpo.evaluation.benchmarks.lmms_process import result_file
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.reading import parse_json, read_json_object, read_text
 from lvrpo.records import BenchmarkRecord, number
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.suite import Evaluation
 
 RESTORE = "delete the folder of the task to run it again"
 TOLERANCE = 1e-6
@@ -56,26 +59,31 @@ class HarnessEvaluation:
     seconds: float = 0.0
     failed: Mapping[str, str] = field(default_factory=dict)
     """Tasks without results, and why."""
+    own: Evaluation | None = None
+    """Benchmarks of ours that the same command evaluated."""
 
     def results(self) -> dict[str, Any]:
         """By title: score, low, high, n, categories, official."""
-        return {title: score.as_dict() for title, score in self.scored.items()}
+        tasks = {title: score.as_dict() for title, score in self.scored.items()}
+        return tasks if self.own is None else self.own.results() | tasks
 
     def difference(self, after: HarnessEvaluation) -> dict[str, Any]:
         """By title that both have: ``after`` minus this."""
-        return {
+        tasks = {
             title: score.difference(after.scored[title])
             for title, score in self.scored.items()
             if title in after.scored
         }
+        return tasks if self.own is None or after.own is None else self.own.difference(after.own) | tasks
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: results, and the scores of single samples where they are known."""
         records = {title: score.record.as_dict() for title, score in self.scored.items() if score.record is not None}
+        own = {} if self.own is None else self.own.as_dict()["scores"]
         return {
             "results": self.results(),
             "seconds": self.seconds,
-            "scores": records,
+            "scores": own | records,
             "failed": dict(self.failed),
         }
 
