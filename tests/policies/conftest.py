@@ -75,7 +75,7 @@ def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
             reading.append(towers.embed_tokens(torch.tensor(ids)))
             continue
         kind, content = item
-        n = towers.latent_shape()[0]
+        n = policy.config.image_tokens
         spans.append(Span(kind, n + 2))  # type: ignore[arg-type]  # the kind is one of the three
         if kind == "read":
             reading += [start, towers.encode_images([content])[0], end]

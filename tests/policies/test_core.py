@@ -22,7 +22,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def noise(policy: TinyPolicy, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x_t = torch.randn(count, *policy.encoders.latent_shape(), generator=generator)
+    x_t = torch.randn(count, policy.config.image_tokens, policy.encoders.channels, generator=generator)
     return x_t, torch.rand(count, generator=generator) * 0.8 + 0.2
 
 
