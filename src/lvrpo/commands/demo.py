@@ -60,8 +60,8 @@ def demo(options: Options) -> None:
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],
         )
-    except OSError as error:
-        raise InputError(f"port {options.port} of {options.host}: {error}: choose another with --port") from None
+    except OSError:  # gradio's message names its own settings
+        raise InputError(f"port {options.port} of {options.host} cannot be used: choose another with --port") from None
     print(f"http://{options.host}:{options.port}: the demo; Ctrl-C ends it", flush=True)
     app.block_thread()
 
