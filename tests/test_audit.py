@@ -109,7 +109,7 @@ def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, gdpo
     assert lines[0] == f"{gdpo}: steps 1 to 3, all on record; advantages: gdpo"
     assert any(line.split()[:5] == ["binary", "1", ".51", ".50", "1.00"] for line in lines)
     assert any(line.split()[:3] == ["watched", "held", "out"] for line in lines)
-    assert "correlation inside groups: understand" in printed
+    assert "Questions: correlation inside groups" in printed
     assert "tokens written" in printed
     assert "\x1b[" not in printed
 
@@ -130,7 +130,7 @@ def test_the_page_of_a_run_shows_its_audit(run: Path) -> None:
         'id="audit"',
         "What the rewards did",
         "Generation: continuous",
-        "All steps are on record",
+        "Steps 1 to 3, all on record",
         "if summed",
         "Whether rewards rank outputs as the truth does",
     ):

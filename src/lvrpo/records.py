@@ -221,6 +221,15 @@ class EvaluationRecord:
 # --- results and their differences ---
 
 
+def direction(low: float | None, high: float | None, p_holm: float | None = None) -> str:
+    """``Estimate.direction`` of a difference by its interval and its adjusted p."""
+    if low is None or high is None:
+        return "unsure"
+    if p_holm is not None and p_holm >= LEVEL:
+        return "flat"
+    return "up" if low > 0 else "down" if high < 0 else "flat"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A score, or a difference of scores, with its 95 % interval."""
@@ -243,11 +252,7 @@ class Estimate:
 
         Flat also where the adjusted p is not below ``LEVEL``.
         """
-        if self.low is None or self.high is None:
-            return "unsure"
-        if self.p_holm is not None and self.p_holm >= LEVEL:
-            return "flat"
-        return "up" if self.low > 0 else "down" if self.high < 0 else "flat"
+        return direction(self.low, self.high, self.p_holm)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON; unknown fields are left out."""

@@ -23,7 +23,8 @@ from lvrpo.evaluation.reward_audit import (
     win_rates,
     write_audit,
 )
-from lvrpo.report.audit import read_audit
+from lvrpo.report.audit import audit_section, read_audit
+from lvrpo.report.formatting import NONE, share
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout_log import RolloutRecord
 from lvrpo.training.run_directory import RunDirectory
@@ -337,20 +338,24 @@ def test_the_report_reads_what_the_audit_writes(tmp_path: Path, settings: Advant
     shown = read_audit(run.path / "audit.json", problems)
     assert not problems
     assert shown is not None
-    (task,) = shown.tasks
-    assert (task.label, task.groups, shown.steps) == ("Generation", 14, "All steps are on record")
-    assert [s.name for s in task.scorers] == ["binary", "continuous", "success"]
-    assert task.scorers[1].variance_shares[0] == pytest.approx(scorer(audit, "continuous").share)
-    assert task.scorers[2].weight is None
-    assert [chart.title for chart in task.shares] == ["Generation: binary", "Generation: continuous"]
-    assert "configured: from 0.5 to 0.5" in task.shares[0].description
-    assert "mean red" in [chart.title for chart in task.others]
+    section = audit_section(shown)
+    assert section["head"].endswith(f"all on record; advantages: {settings.kind}")
+    (shares,) = section["tables"]
+    assert shares.title == "Generation: 14 groups, 1.00 of them with signal"
+    assert [row[0] for row in shares.rows] == ["binary", "continuous", "success"]
+    assert shares.rows[1][2] == share(scorer(audit, "continuous").share)
+    assert shares.rows[2][1] == "held out"
+    assert [chart.title for chart in section["shares"]] == ["Generation: binary", "Generation: continuous"]
+    assert "configured: from 0.5 to 0.5" in section["shares"][0].description
+    assert {"mean red", "AUC of binary"} <= {chart.title for chart in section["others"]["Generation"]}
+    (rankings,) = section["folded"]["Whether rewards rank outputs as the truth does"]
+    assert rankings.title == "Generation; truth: success"
     # right are those of .31, which the continuous reward knows; of the binary one's pairs two are ties, one is wrong
-    assert [(v.name, v.auc and v.auc.score) for v in task.rankings] == [("binary", 0.5), ("continuous", 1.0)]
-    assert (task.verifier, task.rankings[0].first) == ("success", None)  # two groups are too few
-    assert "AUC of binary" in [chart.title for chart in task.others]
-    assert task.correlations.columns == ("binary", "continuous", "success", "brightness", "contrast")
-    assert task.correlations.rows[0][1][:3] == (None, pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+    assert [(row[0], row[5].partition(" ")[0]) for row in rankings.rows] == [("binary", ".50"), ("continuous", "1.00")]
+    assert rankings.rows[0][7] == NONE  # two groups are too few
+    (correlations,) = section["folded"]["Correlations inside groups"]
+    assert correlations.heads == ("scorer", "binary", "continuous", "success", "brightness", "contrast")
+    assert correlations.rows[0][1:4] == (NONE, ".00", ".00")
 
 
 def test_validity_by_hand_per_category_and_along_the_run() -> None:

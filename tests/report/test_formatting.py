@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from lvrpo.commands.tables import text_table
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate, Metrics
 from lvrpo.report import Tile, compare_runs, formatting, picture_grid
@@ -134,14 +135,18 @@ def test_comparison(tmp_path: Path, make_run: MakeRun) -> None:
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", seed=8)
     (second / "summary.json").unlink()
     comparison = compare_runs([first, second])
-    assert [name for name, _ in comparison.rows] == ["first", "first: continued pretraining", "second (not finished)"]
+    assert [row[0] for row in comparison.rows] == ["first", "first: continued pretraining", "second (not finished)"]
     markdown = comparison.markdown()
     assert "| first | .240 → .524<br>+.284 [+.253, +.315] |" in markdown
     assert "| second (not finished) | – |" in markdown
     assert len({line.count("|") for line in markdown.splitlines()}) == 1
     console = Console(width=200, file=io.StringIO())
-    console.print(comparison.table())
+    console.print(text_table(comparison))
     assert ".240 → .524" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert comparison.rows[0][1].tone == "up"  # type: ignore[attr-defined]  # a Cell
+    (first / "summary.json").unlink()
+    with pytest.raises(InputError, match="no run has results"):
+        compare_runs([first, second])
 
 
 def test_comparison_of_nothing() -> None:
@@ -150,6 +155,6 @@ def test_comparison_of_nothing() -> None:
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, make_run: MakeRun) -> None:
-    names = [name for name, _ in compare_runs([make_run(tmp_path / x / "run") for x in "ab"]).rows]
+    names = [row[0] for row in compare_runs([make_run(tmp_path / x / "run") for x in "ab"]).rows]
     assert str(tmp_path / "a" / "run") in names
     assert json.dumps(names)

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from lvrpo.records import Metrics
 from lvrpo.report import build_report
 from lvrpo.report.charts import gradient_audit
+from lvrpo.report.tables import Cell
 
 
 def row(step: int, cosine: float) -> dict[str, Any]:
@@ -27,16 +26,12 @@ def test_means_and_ranges_over_the_audited_steps() -> None:
     audit = gradient_audit(Metrics((row(1, 0.2), {"step": 2}, row(3, -0.4))))
     assert audit is not None
     assert audit.steps == 2
-    assert audit.cosines.columns == ("all", "reading")
-    ((name, (whole, reading)),) = audit.cosines.rows
-    assert name == "Questions and Generation"
-    assert whole is not None
-    assert (whole.mean, whole.low, whole.high, whole.tone) == (pytest.approx(-0.1), -0.4, 0.2, "mixed")
-    assert reading is not None
-    assert reading.tone == "apart"
-    assert [name for name, _ in audit.layers.rows] == ["reading, layer 2", "reading, layer 10"]
-    norms = {name: cells[0].mean for name, cells in audit.norms.rows if cells[0] is not None}
-    assert norms == {"Questions": 4.0, "Generation": 1.0}
+    assert audit.cosines.heads == ("tasks", "all", "reading")
+    ((name, whole, reading),) = audit.cosines.rows
+    assert (name, whole) == ("Questions and Generation", "−.10 (−.40 to +.20)")
+    assert [cell.tone for cell in (whole, reading) if isinstance(cell, Cell)] == ["", "apart"]
+    assert [row[0] for row in audit.layers.rows] == ["reading, layer 2", "reading, layer 10"]
+    assert [row[:2] for row in audit.norms.rows] == [("Questions", "4"), ("Generation", "1")]
 
 
 def test_a_run_without_an_audit_has_none() -> None:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvrpo.commands.data import audit_data, leakage_options, refuse_leakage_options
+from lvrpo.commands.data import audit_data, leakage_options
 from lvrpo.commands.options import (
     Command,
     Options,
     Parser,
     add_device,
-    add_force,
+    add_json,
     names,
     positive,
     refuse_existing,
+    refuse_given,
     whole,
 )
 from lvrpo.errors import InputError
@@ -26,56 +27,6 @@ if TYPE_CHECKING:
     from lvrpo.rewards.row import RewardConfig, RewardSource
 
 
-def options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, of a run in progress too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, with the curves")
-    _judge_options(parser)
-    leakage_options(parser)
-    add_force(parser)
-
-
-def run(options: Options) -> None:
-    from dataclasses import asdict
-
-    from lvrpo.commands.audit_tables import (
-        alarm_lines,
-        correlation_tables,
-        means_table,
-        ranking_tables,
-        recorded_steps,
-        reward_table,
-    )
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.recorded_groups import read_recorded_run
-    from lvrpo.evaluation.reward_audit import audit_rewards
-    from lvrpo.training.run_directory import json_text
-
-    if options.data is not None:
-        audit_data(options)
-        return
-    refuse_leakage_options(options)
-    if options.judge is not None:
-        audit_judge(options)
-        return
-    if options.run is None:
-        raise InputError("RUN is missing: give a run directory, or --judge MODEL, or --data")
-    _refuse_judge_options(options)
-    if options.json is not None:
-        refuse_existing([options.json], options.force)
-    audit = audit_rewards(read_recorded_run(options.run))
-    console = wide_console()
-    console.print(f"{options.run}: {recorded_steps(audit)}; advantages: {audit.formula}", markup=False, soft_wrap=True)
-    for table in (reward_table(audit), means_table(audit), *ranking_tables(audit), *correlation_tables(audit)):
-        console.print()
-        console.print(table)
-    console.print()
-    for line, style in alarm_lines(audit):
-        console.print(line, style=style, markup=False, soft_wrap=True)
-    if options.json is not None:
-        write_file(options.json, json_text({"run": str(options.run), **asdict(audit)}).encode(), options.force)
-
-
 DEFAULT_SIDE = 256
 """Side of the pictures, in pixels, for a model that reads any size."""
 JUDGE_OPTIONS = ("samples", "also", "n", "seed")
@@ -83,8 +34,8 @@ ROW_KEYS = ("name", "label", "options", "judge")
 """Keys of a row of ``--also``; the others belong to training."""
 
 
-def _judge_options(parser: Parser) -> None:
-    """The options of a judge audit; None where not given."""
+def options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, of a run in progress too")
     group = parser.group("audit a judge, instead of a run")
     group.add_argument("--judge", metavar="MODEL", help="test whether this model detects one known error in an output")
     group.add_argument("--samples", metavar="MODEL", help="test it instead on outputs that this model (or run) samples")
@@ -97,31 +48,62 @@ def _judge_options(parser: Parser) -> None:
     group.add_argument("--n", type=positive, metavar="N", help="scenes, or prompts, per category (default: 40)")
     group.add_argument("--seed", type=whole, metavar="N", help="random seed of the scenes (default: 0)")
     add_device(parser)
+    leakage_options(parser)
+    add_json(parser, "all numbers")
 
 
-def _refuse_judge_options(options: Options) -> None:
-    """Raises InputError for an option of a judge audit without ``--judge``."""
-    for name in JUDGE_OPTIONS:
-        if getattr(options, name) is not None:  # the options are the parser's
-            raise InputError(f"--{name}: belongs to --judge MODEL: leave it out, or name a model")
+def run(options: Options) -> None:
+    if options.data is None:
+        refuse_given(options, ("steps", "wording"), "belongs to --data: leave it out, or add --data")
+    if options.json is not None:
+        refuse_existing([options.json], options.force)
+    if options.data is not None:
+        audit_data(options)
+    elif options.judge is not None:
+        audit_judge(options)
+    elif options.run is None:
+        raise InputError("RUN is missing: give a run directory, or --judge MODEL, or --data")
+    else:
+        refuse_given(options, JUDGE_OPTIONS, "belongs to --judge MODEL: leave it out, or name a model")
+        audit_run(options)
+
+
+def audit_run(options: Options) -> None:
+    """Prints the tables and alarms of a run."""
+    from dataclasses import asdict
+
+    from lvrpo.commands.inputs import write_json
+    from lvrpo.commands.tables import print_tables, wide_console
+    from lvrpo.evaluation.recorded_groups import read_recorded_run
+    from lvrpo.evaluation.reward_audit import audit_rewards
+    from lvrpo.report import audit as tables
+
+    audit = audit_rewards(read_recorded_run(options.run))
+    console = wide_console()
+    head = f"{options.run}: {tables.recorded_steps(audit)}; advantages: {audit.formula}"
+    console.print(f"{head}\n", markup=False, soft_wrap=True)
+    parts = (tables.share_tables, tables.mean_tables, tables.ranking_tables, tables.correlation_tables)
+    print_tables([table for part in parts for table in part(audit)], console)
+    console.print()
+    for line, style in tables.alarm_lines(audit):
+        console.print(line, style=style, markup=False, soft_wrap=True)
+    write_json(options, {"run": str(options.run), **asdict(audit)})
 
 
 def audit_judge(options: Options) -> None:
-    """Audits the judge on minimal pairs and prints the tables."""
+    """Audits the judge on minimal pairs, or on samples of a model, and prints the tables."""
     from dataclasses import asdict
 
     import torch
 
-    from lvrpo.commands.audit_tables import TITLES, sensitivity_table
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.inputs import write_json
+    from lvrpo.commands.tables import print_tables, wide_console
     from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, minimal_pairs
     from lvrpo.policies.loading import load_policy
-    from lvrpo.training.run_directory import json_text
+    from lvrpo.report.audit import JUDGED, sensitivity_table
 
     if options.run is not None:
         raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
-    refuse_existing([path for path in (options.json,) if path is not None], options.force)
     torch.set_num_threads(1)
     if options.samples is not None:
         _rank_samples(options)
@@ -133,25 +115,21 @@ def audit_judge(options: Options) -> None:
     audit = audit_judge(
         judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
-    for output in TITLES:
-        console.print()
-        console.print(sensitivity_table(audit, output))
+    print_tables([sensitivity_table(audit, output) for output in JUDGED], console)
     costs = (f"{name} {ms:.1f} ms" for name, ms in audit.milliseconds.items())
     console.print(f"\nper output: {', '.join(costs)}", style="dim", highlight=False)
-    if options.json is not None:
-        write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
+    write_json(options, {"model": options.judge, **asdict(audit)})
 
 
 def _rank_samples(options: Options) -> None:
     """Samples a model, scores its outputs by every reward, prints the rankings against ground truth."""
     from dataclasses import asdict
 
-    from lvrpo.commands.audit_tables import sample_tables
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.inputs import write_json
+    from lvrpo.commands.tables import print_tables, wide_console
     from lvrpo.evaluation.reward_ranking import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
     from lvrpo.policies.loading import load_policy
-    from lvrpo.training.run_directory import json_text
+    from lvrpo.report.audit import sample_tables
 
     sources = _build_sources((VERIFIER_REWARD, *REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
@@ -165,14 +143,11 @@ def _rank_samples(options: Options) -> None:
         progress=lambda task, prompts: console.print(f"{task}: {prompts} groups", style="dim"),
     )
     audit = audit_samples(judge, model, groups, sources)
-    console.print(f"\noutputs of {audit.model}, judged by {audit.judge}", highlight=False)
-    for table in sample_tables(audit):
-        console.print()
-        console.print(table)
-    if options.json is not None:
-        named = {"model": options.samples, "judge": options.judge, "n": n, "seed": seed}
-        found = {**named, "identities": {"model": audit.model, "judge": audit.judge}, "tasks": asdict(audit)["tasks"]}
-        write_file(options.json, json_text(found).encode(), options.force)
+    console.print(f"\noutputs of {audit.model}, judged by {audit.judge}\n", highlight=False)
+    print_tables(sample_tables(audit), console)
+    named = {"model": options.samples, "judge": options.judge, "n": n, "seed": seed}
+    found = {**named, "identities": {"model": audit.model, "judge": audit.judge}, "tasks": asdict(audit)["tasks"]}
+    write_json(options, found)
 
 
 def _image_side(judge: Policy, model: Policy, options: Options) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_force, positive, refuse_existing, whole
+from lvrpo.commands.options import Command, Options, Parser, add_force, add_seed, positive, refuse_existing
 from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from rich.console import Console
 
     from lvrpo.data.leakage import ComparedPrompt, Overlap, Shared
     from lvrpo.training.config import TrainConfig
@@ -22,7 +24,7 @@ def _preview_options(parser: Parser) -> None:
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="split to show (default: test)"
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+    add_seed(parser)
     add_force(parser)
 
 
@@ -36,10 +38,6 @@ def preview(options: Options) -> None:
     refuse_existing([file], options.force)
     write_file(file, png_bytes(draw_preview(options.split, options.seed)), options.force)
     print(file)
-
-
-def _vocabulary_options(parser: Parser) -> None:
-    pass
 
 
 def vocabulary(options: Options) -> None:
@@ -93,7 +91,7 @@ PREVIEW = Command(
 )
 VOCABULARY = Command(
     "list the words of the built-in world",
-    _vocabulary_options,
+    lambda parser: None,
     vocabulary,
     "examples:\n  lvrpo data vocabulary > words.txt",
 )
@@ -102,6 +100,9 @@ VOCABULARY = Command(
 SPLITS = ("train", "validation", "test")
 VALIDATION = 480
 """Prompts per task of the built-in validation split that are compared."""
+OVERLAP = ("task", "prompts", "same prompt", "same content", "looks alike", "picture", "text", "normalized")
+OVERLAP += ("one 5-gram", "all 5-grams")
+"""Columns of the table of two splits."""
 LEAK_MESSAGES = {
     "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
     "content": "asks what {other} asks in other words",
@@ -126,47 +127,60 @@ def leakage_options(parser: Parser) -> None:
     )
 
 
-def refuse_leakage_options(options: Options) -> None:
-    """Raises InputError for an option of the audit of data without ``--data``."""
-    for name in ("steps", "wording"):
-        if getattr(options, name) is not None:  # the options are the parser's
-            raise InputError(f"--{name}: belongs to --data: leave it out, or add --data")
-
-
 def audit_data(options: Options) -> None:
     """Prints one table per pair of splits; raises InputError, or ContractError for the built-in world, on a leak."""
-    from lvrpo.commands.audit_tables import overlap_table
-    from lvrpo.commands.inputs import write_file
+    from dataclasses import asdict
+
+    from lvrpo.commands.inputs import write_json
     from lvrpo.commands.tables import wide_console
-    from lvrpo.data.leakage import Index, as_rows, leaks
     from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
-    from lvrpo.training.run_directory import json_text
 
     if options.run is not None or options.judge is not None:
         raise InputError(f"--data and {options.run or '--judge'}: give one of the two")
-    if options.json is not None:
-        refuse_existing([options.json], options.force)
     console = wide_console()
     world, sets = _load_splits(options, lambda text: console.print(text, style="dim", soft_wrap=True))
     wordings = [*(options.wording or []), *(CAPTION_PREFIXES if world else ())]
+    found, leak = print_overlaps(sets, console, wordings, near_duplicates=not world)
+    head = {"splits": list(sets), "rows": {name: len(prompts) for name, prompts in sets.items()}}
+    write_json(options, {**head, "overlaps": {title: list(map(asdict, each)) for title, each in found.items()}})
+    if leak is not None:
+        raise (ContractError if world else InputError)(leak)
+    console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
+
+
+def print_overlaps(
+    splits: Mapping[str, Sequence[ComparedPrompt]],
+    console: Console,
+    wordings: Sequence[str] = (),
+    near_duplicates: bool = True,
+) -> tuple[dict[str, list[Overlap]], str | None]:
+    """Prints leaks as counts, and overlaps of texts and pictures as shares, for each pair of splits.
+
+    Returns the overlaps by title, and the first leak as an error.
+    """
+    from lvrpo.commands.tables import text_table
+    from lvrpo.data.leakage import Index, leaks
+    from lvrpo.report.formatting import share
+    from lvrpo.report.tables import Cell, TextTable
+
     found: dict[str, list[Overlap]] = {}
     first: Shared | None = None
-    for i, (name, prompts) in enumerate(sets.items()):
+    for i, (name, prompts) in enumerate(splits.items()):
         index = Index(prompts, wordings)
-        for other, held_out in list(sets.items())[i + 1 :]:
-            title = f"{other} in {name}"
+        for other, held_out in list(splits.items())[i + 1 :]:
+            title, rows = f"{other} in {name}", []
             found[title] = index.overlaps(held_out)
-            first = first or next(iter(leaks(found[title], near_duplicates=not world)), None)
+            first = first or next(iter(leaks(found[title], near_duplicates)), None)
+            for each in found[title]:
+                leaking = (Cell(str(n), "down" if n else "") for n in (each.same, each.content))
+                common = (each.picture, each.verbatim, each.normalized, each.some_ngrams, each.all_ngrams)
+                shares = (share(count / each.prompts) for count in common)
+                rows.append((each.task, str(each.prompts), *leaking, str(each.look), *shares))
             console.print()
-            console.print(overlap_table(title, index, found[title]))
-    if options.json is not None:
-        head = {"splits": list(sets), "rows": {name: len(prompts) for name, prompts in sets.items()}}
-        tables = {title: as_rows(overlaps) for title, overlaps in found.items()}
-        write_file(options.json, json_text({**head, "overlaps": tables}).encode(), options.force)
-    if first is not None:
-        line = f"{first.where} {LEAK_MESSAGES[first.leak].format(other=first.other)}"
-        raise (ContractError if world else InputError)(f"{line}: take it out of one of them")
-    console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
+            console.print(text_table(TextTable(f"{title} ({index.size} prompts)", OVERLAP, tuple(rows))))
+    if first is None:
+        return found, None
+    return found, f"{first.where} {LEAK_MESSAGES[first.leak].format(other=first.other)}: take it out of one of them"
 
 
 def _load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:

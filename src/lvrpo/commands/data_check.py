@@ -8,17 +8,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lvrpo.commands.data import print_overlaps
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rich.table import Table
-
-    from lvrpo.data.leakage import ComparedPrompt
     from lvrpo.data.preview import Block
     from lvrpo.data.rows import RowPrompts
+    from lvrpo.report.tables import TextTable
     from lvrpo.training.config import DataConfig
 
 SHOWN_ROWS = 10
@@ -49,9 +48,9 @@ def check_options(parser: Parser) -> None:
 def check(options: Options) -> None:
     """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
     from lvrpo.commands.inputs import require_png, write_file
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.tables import text_table, wide_console
     from lvrpo.data.images import load_image
-    from lvrpo.data.leakage import compared_rows, pixel_picture
+    from lvrpo.data.leakage import compared_rows, duplicates, pixel_picture
     from lvrpo.data.preview import contact_sheet, png_bytes
 
     out: Path = options.out or _unused_name(Path("rows.png"))
@@ -61,7 +60,7 @@ def check(options: Options) -> None:
     problems: list[str] = []
     splits = opened(_read_data(options.source, options.overrides), problems)
     console = wide_console()
-    console.print(_counts_table(splits))
+    console.print(text_table(_counts_table(splits)))
     for problem in problems[:SHOWN_PROBLEMS]:
         console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > SHOWN_PROBLEMS:
@@ -75,7 +74,12 @@ def check(options: Options) -> None:
         split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
         for split, rows in splits.items()
     }
-    leak = _print_overlaps(compared)
+    for split, prompts in compared.items():
+        twice = duplicates(prompts)
+        if twice:
+            shown = f"{len(twice)} rows are there twice; the first: {twice[0].where} asks what {twice[0].other} asks"
+            console.print(f"{split}: {shown}", style="yellow", markup=False)
+    _, leak = print_overlaps(compared, console)
     if problems:
         raise InputError(f"{len(problems)} row{'s' * (len(problems) > 1)} cannot be used; the first: {problems[0]}")
     if leak is not None:
@@ -144,17 +148,17 @@ def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
     return found
 
 
-def _counts_table(splits: Mapping[str, RowPrompts]) -> Table:
+def _counts_table(splits: Mapping[str, RowPrompts]) -> TextTable:
     """Rows by split and task, and how many have what rewards and success need."""
-    from lvrpo.commands.audit_tables import plain_table
+    from lvrpo.report.tables import TextTable
 
-    names = ["split", "task", "rows", "with answer", "with facts", "with target", "categories"]
-    table = plain_table("rows", names, 2)
-    for split, rows in splits.items():
-        for task in rows.tasks:
-            has = rows.has(task)
-            table.add_row(split, task, *(str(has[name]) for name in ("rows", "answer", "facts", "target", "category")))
-    return table
+    heads = ("split", "task", "rows", "with answer", "with facts", "with target", "categories")
+    rows = []
+    for split, found in splits.items():
+        for task in found.tasks:
+            has = found.has(task)
+            rows.append((split, task, *(str(has[name]) for name in ("rows", "answer", "facts", "target", "category"))))
+    return TextTable("rows", heads, tuple(rows))
 
 
 def _sheet_blocks(rows: RowPrompts) -> list[Block]:
@@ -173,34 +177,6 @@ def _sheet_blocks(rows: RowPrompts) -> list[Block]:
             part = examples[first : first + PER_BLOCK]
             blocks.append((task, part[0].prompt.category or part[0].prompt.source, part))
     return blocks
-
-
-def _print_overlaps(splits: Mapping[str, list[ComparedPrompt]]) -> str | None:
-    """Prints duplicates inside splits and overlaps between them; returns the first leak, as an error."""
-    from lvrpo.commands.audit_tables import overlap_table
-    from lvrpo.commands.data import LEAK_MESSAGES
-    from lvrpo.commands.tables import wide_console
-    from lvrpo.data.leakage import Index, duplicates, leaks
-
-    console, first = wide_console(), None
-    for split, prompts in splits.items():
-        twice = duplicates(prompts)
-        if twice:
-            shown = f"{twice[0].where} asks what {twice[0].other} asks"
-            console.print(
-                f"{split}: {len(twice)} rows are there twice; the first: {shown}", style="yellow", markup=False
-            )
-    for i, (name, prompts) in enumerate(splits.items()):
-        index = Index(prompts)
-        for other, held_out in list(splits.items())[i + 1 :]:
-            overlaps = index.overlaps(held_out)
-            console.print()
-            console.print(overlap_table(f"{other} in {name}", index, overlaps))
-            for shared in leaks(overlaps) if first is None else ():
-                message = LEAK_MESSAGES[shared.leak].format(other=shared.other)
-                first = f"{shared.where} {message}: take it out of one of them"
-                break
-    return first
 
 
 CHECK = Command(

@@ -14,12 +14,14 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
+    add_seed,
     add_threads,
     add_timeout,
     names,
     num_steps,
     positive,
     refuse_existing,
+    refuse_given,
     whole,
 )
 from lvrpo.errors import InputError
@@ -60,13 +62,10 @@ def evaluate_options(parser: Parser) -> None:
     parser.add_argument(
         "--judge", metavar="MODEL", help="model that judges generated images (default: BASE, else MODEL itself)"
     )
-    parser.add_argument(
-        "--information", action="store_true", help="also estimate the mutual information of the experts"
-    )
     add_timeout(parser)
     add_force(parser)
+    add_seed(parser)
     sampling = parser.group("sampling")
-    sampling.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
     sampling.add_argument(
         "--num-steps",
         type=num_steps,
@@ -103,12 +102,10 @@ def require_divisible(options: Options) -> None:
     """Raises InputError for what several processes (``torchrun``) cannot share."""
     from lvrpo.distributed import world_size
 
-    given = {"tune": options.tune, "information": options.information, "lmms-eval": options.lmms_eval}
-    name = next((name for name, value in given.items() if value), None)
-    if world_size() > 1 and name is not None:
-        raise InputError(f"--{name}: works in one process only: start it without torchrun")
-    if world_size() > 1 and options.out is None:
-        raise InputError("torchrun: several processes write their parts into a folder: add --out DIR")
+    if world_size() > 1:
+        refuse_given(options, ("tune", "lmms_eval"), "works in one process only: start it without torchrun")
+        if options.out is None:
+            raise InputError("torchrun: several processes write their parts into a folder: add --out DIR")
 
 
 def evaluate(options: Options) -> None:
@@ -175,8 +172,6 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
     head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.against or options.model}
     if tuned is not None:
         head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
-    if options.information:
-        head["information"] = information(policy, options.seed, console)
     return head, result, before
 
 
@@ -273,20 +268,20 @@ def print_results(
     console: Console,
 ) -> None:
     """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
-    from lvrpo.commands.tables import scores_table, summary_table, text_table
-    from lvrpo.report.tables import measure_tables
+    from lvrpo.commands.tables import print_tables, text_table
+    from lvrpo.report.tables import measure_tables, scores_table, summary_table
 
     results = result.results()
     if not results:
         return
     if before is None:
-        console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
+        console.print(text_table(scores_table(results, f"{options.model}, {result.seconds:.0f} s")))
     else:
         earlier = before.results()
         console.print(f"before: {options.against}, after: {options.model}", style="dim", markup=False)
         difference = differences(before, result)
         both = {name: each for name, each in earlier.items() if name in difference}
-        console.print(summary_table({"before": both, "after": results, "difference": difference}))
+        console.print(text_table(summary_table({"before": both, "after": results, "difference": difference})))
         results = {f"before: {name}": each for name, each in earlier.items()} | results
     for name, each in results.items():
         masked = each.get("masked")
@@ -294,9 +289,9 @@ def print_results(
             reason, count = next(iter(masked["reasons"].items()))
             line = f"{name}: {masked['prompts']} of {masked['of']} prompts have no score, {count} of them: {reason}"
             console.print(line, style="yellow", markup=False)
-    for table in measure_tables({"": results}) if before is None else ():
+    if before is None and (measures := measure_tables({"": results})):
         console.print()
-        console.print(text_table(table))
+        print_tables(measures, console)
 
 
 def input_side(options: Options) -> int | None:
@@ -356,14 +351,14 @@ def tune(options: Options) -> None:
     import torch
 
     from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import number, wide_console
+    from lvrpo.commands.tables import wide_console
     from lvrpo.evaluation import suite, tuning
     from lvrpo.policies.loading import load_policy
+    from lvrpo.report.formatting import share
     from lvrpo.training.run_directory import json_text
 
-    for name in ("json", "tuned", "judge", "samples", "rewards", "out", "against"):
-        if getattr(options, name) is not None:  # the options are the parser's
-            raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
+    of_evaluations = ("json", "tuned", "judge", "samples", "rewards", "out", "against")
+    refuse_given(options, of_evaluations, "belongs to an evaluation: leave it out, or --tune")
     if held_out_scorer(options)[0].rule:
         raise InputError("--tune: counts right answers and facts, and MODEL has its own success: leave --tune out")
     found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)
@@ -378,24 +373,11 @@ def tune(options: Options) -> None:
         options.n,
         options.seed,
         replace(suite.SAMPLING, num_steps=options.num_steps or suite.SAMPLING.num_steps),
-        lambda task, name, value, score: console.print(f"{task}: {name} {value:g}: {number(score)}", style="dim"),
+        lambda task, name, value, score: console.print(f"{task}: {name} {value:g}: {share(score)}", style="dim"),
     )
     for task, settings in tuned.settings.items():
         console.print(f"{task}: {', '.join(f'{name} {value:g}' for name, value in settings.items())}")
     write_file(options.tune, json_text(tuned.as_dict()).encode(), options.force)
-
-
-def information(policy: Policy, seed: int, console: Console) -> dict[str, dict[str, float | int]]:
-    """The bounds of what the two experts know of each other, printed and as JSON."""
-    from typing import get_args
-
-    from lvrpo.evaluation.mutual_information import Direction, measure_information
-
-    found = {direction: measure_information(policy, direction, seed=seed) for direction in get_args(Direction)}
-    for direction, each in found.items():
-        low, high = each.bound.low, each.bound.high
-        console.print(f"information, {direction}: >= {each.bound.score:.2f} [{low:.2f}, {high:.2f}] nats", markup=False)
-    return {direction: {**each.bound.as_dict(), "ceiling": each.ceiling} for direction, each in found.items()}
 
 
 EVALUATE = Command(

@@ -137,23 +137,20 @@ def _model_card(repo: str, model: Path, folder: Path, license_id: str | None) ->
 
 def _results(run: Any) -> Iterator[str]:
     """The table of a run's benchmarks, and whether the run was healthy. Any: a RunRecord."""
-    from lvrpo.commands.tables import interval
+    from lvrpo.report.formatting import interval
+    from lvrpo.report.tables import TextTable
 
     summary = run.summary
     if summary is None or not summary.after:
         yield "## Results\nThis run was not evaluated."
         return
-    rows = [
-        f"| {name} | {interval(before.as_dict())} | {interval(summary.after[name].as_dict())} "
-        f"| {interval(summary.difference[name].as_dict(), signed=True) if name in summary.difference else ''} "
-        f"| {before.n or ''} |"
-        for name, before in summary.before.items()
-        if name in summary.after
-    ]
-    yield (
-        "## Results\n| benchmark | before | after | difference [95 %] | prompts |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
-    )
+    rows = []
+    for name, before in summary.before.items():
+        if name in summary.after:
+            change = interval(summary.difference.get(name), signed=True)
+            rows.append((name, interval(before), interval(summary.after[name]), change, str(before.n or "")))
+    table = TextTable("", ("benchmark", "before", "after", "difference [95 %]", "prompts"), tuple(rows))
+    yield f"## Results\n{table.markdown().rstrip()}"
     health = summary.raw.get("health") or {}
     found = [f"- {finding['words']}" for finding in health.get("findings", ())]
     seed = summary.raw.get("seed")

@@ -16,6 +16,7 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
+    add_seed,
     add_threads,
     guidance,
     max_new_tokens,
@@ -24,7 +25,6 @@ from lvrpo.commands.options import (
     refuse_existing,
     share,
     up_to,
-    whole,
 )
 from lvrpo.errors import InputError
 
@@ -43,7 +43,7 @@ RENORMS = ("none", "global", "channel", "channel_match", "text_channel")
 
 
 def _drawing_options(parser: Parser) -> None:
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+    add_seed(parser)
     add_force(parser)
     group = parser.group("sampling (default: the model's own settings)")
     group.add_argument("--num-steps", type=num_steps, metavar="N", help="sampling steps per image")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvrpo.commands.options import Command, Options, Parser, add_force, add_model, positive, refuse_existing, whole
+from lvrpo.commands.options import Command, Options, Parser, add_json, add_model, add_seed, positive, refuse_existing
 
 
 def information_options(parser: Parser) -> None:
@@ -19,20 +19,18 @@ def information_options(parser: Parser) -> None:
         metavar="N",
         help="negatives per pair; the bound is at most log N nats (default: 128)",
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    add_force(parser)
+    add_seed(parser)
+    add_json(parser)
 
 
 def print_information(options: Options) -> None:
     """Prints the bounds of a model, or of a run's start and result with the difference."""
     import torch
 
-    from lvrpo.commands.inputs import write_file
+    from lvrpo.commands.inputs import write_json
     from lvrpo.commands.tables import wide_console
     from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
     from lvrpo.policies.loading import START, load_policy
-    from lvrpo.training.run_directory import json_text
 
     if options.json is not None:
         refuse_existing([options.json], options.force)
@@ -69,9 +67,8 @@ def print_information(options: Options) -> None:
                 f"  difference: {gain.score:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", markup=False, highlight=False
             )
         out[direction] = rows
-    if options.json is not None:
-        content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
-        write_file(options.json, json_text({**content, "information": out}).encode(), options.force)
+    content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
+    write_json(options, {**content, "information": out})
 
 
 INFORMATION = Command(

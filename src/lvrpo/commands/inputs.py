@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lvrpo.atomic_io import write_atomic
 from lvrpo.commands.keys import known_config
-from lvrpo.commands.options import refuse_existing
+from lvrpo.commands.options import Options, refuse_existing
 from lvrpo.config import ALLOW_CODE, Config, load_config
 from lvrpo.data.images import load_image, middle_square
 from lvrpo.data.rows import Row, parse_row
@@ -18,6 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, path_exists, read_text
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors
+from lvrpo.training.run_directory import json_text
 from lvrpo.types import Image, TaskKind
 
 C = TypeVar("C", bound=Config)
@@ -41,6 +42,12 @@ def write_file(path: Path, content: bytes, force: bool) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
+
+
+def write_json(options: Options, content: Any) -> None:
+    """Writes ``--json``, where it was given. Any: values of JSON."""
+    if options.json is not None:
+        write_file(options.json, json_text(content).encode(), options.force)
 
 
 def require_png(path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Options, Parser, names
+from lvrpo.commands.options import Options, Parser, names, refuse_given
 from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ OF_OWN_BENCHMARKS = (
     "data",
     "vlm",
     "detector",
-    "information",
     "geneval_layout",
 )
 """Options that mean nothing to lmms-eval."""
@@ -73,17 +72,13 @@ def arguments(text: str) -> dict[str, str]:
 def refuse_lmms_options(options: Options) -> None:
     """Raises InputError for options that do not fit together, with and without ``--lmms-eval``."""
     if options.lmms_eval is None:
-        given = {"lmms-env": options.lmms_env, "lmms-install": options.lmms_install, "lmms-args": options.lmms_args}
-        if name := next((name for name, value in given.items() if value), None):
-            raise InputError(f"--{name}: belongs to --lmms-eval: add it, or leave this out")
+        own = ("lmms_env", "lmms_install", "lmms_args")
+        refuse_given(options, own, "belongs to --lmms-eval: add it, or leave this out")
         return
-    if options.tune is not None:
-        raise InputError("--tune: chooses sampling for lvrpo's own benchmarks: leave it out, or --lmms-eval")
-    own = () if options.benchmark else OF_OWN_BENCHMARKS
-    if name := next((name for name in own if getattr(options, name)), None):  # the parser's
-        raise InputError(
-            f"--{name.replace('_', '-')}: applies to lvrpo's own benchmarks only: leave it out, or add --benchmark"
-        )
+    refuse_given(options, ("tune",), "chooses sampling for lvrpo's own benchmarks: leave it out, or --lmms-eval")
+    if not options.benchmark:
+        rule = "applies to lvrpo's own benchmarks only: leave it out, or add --benchmark"
+        refuse_given(options, OF_OWN_BENCHMARKS, rule)
     if options.out is None:
         raise InputError("--lmms-eval: keeps what it writes: add --out DIR")
     if options.guidance is not None and len(options.guidance) > 1 and "guidance_scale" not in options.lmms_args:

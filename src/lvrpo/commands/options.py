@@ -136,37 +136,24 @@ def port(text: str) -> int:
     return number
 
 
-def guidance(text: str) -> float:
-    """A guidance scale from 1 to 1000."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
-    if not 1 <= number <= 1000:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number >= 1 and <= 1000")
-    return number
+def number(low: float, high: float, what: str = "a number") -> Callable[[str], float]:
+    """Numbers from ``low`` to ``high``."""
+
+    def read(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what}") from None
+        if not low <= found <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} from {low:g} to {high:g}")
+        return found
+
+    return read
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
-    return number
-
-
-def gibibytes(text: str) -> float:
-    """A number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB, such as 78") from None
-    if not 0 < number <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB above 0 and <= 1000000")
-    return number
+guidance = number(1, 1000)
+share = number(0, 1)
+gibibytes = number(0.001, 1e6, "a number of GiB, such as 78,")
 
 
 def picture_size(text: str) -> tuple[int, int]:
@@ -268,6 +255,25 @@ def add_config(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -
         "overrides", metavar="section.key=value", nargs="*", help="settings that replace those of CONFIG"
     )
     parser.unknown_hint = "write a setting of the configuration as section.key=value, without dashes"
+
+
+def add_seed(parser: Parser) -> None:
+    """--seed."""
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+
+
+def add_json(parser: Parser, what: str = "the numbers") -> None:
+    """--json and --force."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write {what} here")
+    add_force(parser)
+
+
+def refuse_given(options: Options, names: Iterable[str], why: str) -> None:
+    """Raises InputError, which ends in ``why``, for the first of these options that was given."""
+    for name in names:
+        value = getattr(options, name)  # an option of the parser
+        if value is not None and value is not False and value != {}:
+            raise InputError(f"--{name.replace('_', '-')}: {why}")
 
 
 def add_force(parser: Parser) -> None:

@@ -55,27 +55,14 @@ def compare_options(parser: Parser) -> None:
 
 
 def compare(options: Options) -> None:
-    from lvrpo.commands.tables import text_table, wide_console
-    from lvrpo.report import compare_runs
-    from lvrpo.report.tables import seeds_table
+    from lvrpo.commands.tables import print_tables
+    from lvrpo.report.tables import compare_runs, seeds_table
 
-    if options.over_seeds:
-        table = seeds_table(options.runs)
-        if options.markdown:
-            print(table.markdown(), end="")
-        else:
-            wide_console().print(text_table(table))
-        return
-    comparison = compare_runs(options.runs)
-    if not comparison.tasks:
-        raise InputError(
-            f"{options.runs[0]}: no run has results: wait until one has finished, or train with held-out rows "
-            "(data.jsonl.test)"
-        )
+    table = (seeds_table if options.over_seeds else compare_runs)(options.runs)
     if options.markdown:
-        print(comparison.markdown(), end="")
+        print(table.markdown(), end="")
     else:
-        wide_console().print(comparison.table())
+        print_tables([table])
 
 
 REPORT = Command("write the HTML report of a run", report_options, report, "examples:\n  lvrpo report runs/quickstart")

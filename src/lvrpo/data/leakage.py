@@ -11,8 +11,8 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -289,8 +289,3 @@ def prompts_fingerprint(prompts: Iterable[ComparedPrompt]) -> str:
     """A hash of a set of prompts, whatever their order, wordings aside: equal sets ask the same."""
     keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.pictures]}" for each in prompts)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
-
-def as_rows(overlaps: Iterable[Overlap]) -> list[dict[str, Any]]:
-    """As JSON rows. Any: numbers and texts."""
-    return [asdict(overlap) for overlap in overlaps]

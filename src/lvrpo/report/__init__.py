@@ -2,6 +2,6 @@
 
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.report.page import build_report
-from lvrpo.report.tables import Comparison, compare_runs
+from lvrpo.report.tables import compare_runs
 
-__all__ = ["Comparison", "Tile", "build_report", "compare_runs", "picture_grid"]
+__all__ = ["Tile", "build_report", "compare_runs", "picture_grid"]

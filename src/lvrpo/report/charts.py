@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lvrpo.records import Metrics
-from lvrpo.report.formatting import MINUS, TASK_LABELS, compact, label, score
+from lvrpo.report.formatting import MINUS, NONE, TASK_LABELS, compact, label, score, task_name
+from lvrpo.report.tables import Cell, TextTable
 
 WIDTH, HEIGHT = 360.0, 196.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 44.0, 10.0, 26.0
 MAX_POINTS = 400
-TASK_NAMES = {"understand": "Questions"}
 NOT_PLOTTED = ("step", "seconds", "seconds_left")
 Points = list[tuple[float, float]]
 Marks = Sequence[tuple[float, str]]
@@ -71,7 +71,7 @@ def reward_charts(metrics: Metrics) -> list[Chart]:
     charts = []
     for (task, points, control), names in titles.items():
         named = " = ".join(names)
-        title = f"{TASK_NAMES.get(task) or label(task)}: {named}" if task else named
+        title = f"{task_name(task)}: {named}" if task else named
         charts.append(_chart(title.replace("_", " "), list(points), list(control), _validation_marks(metrics), 0.1))
     return charts
 
@@ -258,38 +258,16 @@ EXPERTS = ("all", "reading", "drawing", "shared")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A number over the audited steps."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def tone(self) -> str:
-        """together or apart where the cosine keeps its sign at every audited step, else mixed."""
-        return "together" if self.low > 0 else "apart" if self.high < 0 else "mixed"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of named cells."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
-
-
-@dataclass(frozen=True)
 class GradientAudit:
-    """The content of the gradient audit on the page."""
+    """The gradient audit as tables of the means, lowest and highest values over the audited steps."""
 
     steps: int
     """Audited ones."""
-    cosines: Table
-    """Pairs of tasks by expert."""
-    layers: Table
+    cosines: TextTable
+    """Pairs of tasks by expert, together or apart where the cosine keeps its sign at every audited step."""
+    layers: TextTable
     """Layers of the experts by pair of tasks."""
-    norms: Table
+    norms: TextTable
     """Tasks by expert."""
 
 
@@ -302,25 +280,26 @@ def gradient_audit(metrics: Metrics) -> GradientAudit | None:
         return None
     layers = sorted({part for _, _, part in keys if "/layer_" in part}, key=_layer_order)
     experts = [part for part in EXPERTS if part in {part for _, _, part in keys}]
-    steps = max(len(metrics.series(f"gradient/norm/{task}/all")) for task in tasks)
 
-    def row(what: str, cells: list[tuple[str, str]]) -> tuple[Cell | None, ...]:
-        return tuple(_cell(metrics, f"gradient/{what}/{who}/{part}") for who, part in cells)
+    def cell(what: str, who: str, part: str) -> str:
+        values = [value for _, value in metrics.series(f"gradient/{what}/{who}/{part}")]
+        if not values:
+            return NONE
+        mean, low, high = sum(values) / len(values), min(values), max(values)
+        if what == "norm":
+            return compact(mean)
+        spread = f"{score(mean, 2, True)} ({score(low, 2, True)} to {score(high, 2, True)})"
+        return Cell(spread, "together" if low > 0 else "apart" if high < 0 else "")
 
+    by_expert = [(_task_names(pair), *(cell("cosine", pair, e) for e in experts)) for pair in pairs]
+    by_layer = [(_layer(part), *(cell("cosine", pair, part) for pair in pairs)) for part in layers]
+    norms = [(_task_names(task), *(cell("norm", task, e) for e in experts)) for task in tasks]
     return GradientAudit(
-        steps,
-        Table(tuple(experts), tuple((_task_names(p), row("cosine", [(p, e) for e in experts])) for p in pairs)),
-        Table(
-            tuple(map(_task_names, pairs)),
-            tuple((_layer(part), row("cosine", [(p, part) for p in pairs])) for part in layers),
-        ),
-        Table(tuple(experts), tuple((_task_names(t), row("norm", [(t, e) for e in experts])) for t in tasks)),
+        max(len(metrics.series(f"gradient/norm/{task}/all")) for task in tasks),
+        TextTable("Pairs of tasks, by expert", ("tasks", *experts), tuple(by_expert)),
+        TextTable("Cosines by layer", ("layer", *map(_task_names, pairs)), tuple(by_layer)),
+        TextTable("Norms", ("task", *experts), tuple(norms)),
     )
-
-
-def _cell(metrics: Metrics, key: str) -> Cell | None:
-    values = [value for _, value in metrics.series(key)]
-    return Cell(sum(values) / len(values), min(values), max(values)) if values else None
 
 
 def _task_names(tasks: str) -> str:

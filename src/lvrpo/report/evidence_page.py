@@ -23,14 +23,13 @@ from lvrpo.report.evidence import (
     column,
     difference,
 )
-from lvrpo.report.formatting import duration, score
+from lvrpo.report.formatting import NONE, duration, interval, score
 from lvrpo.report.tables import TextTable
 from lvrpo.statistics import MIN_SEEDS, TwoWayInterval, holm
 
 LEVEL = 0.05
 FEW = "†"
 """Marks a cell with fewer than ``MIN_SEEDS`` runs, or too few prompts."""
-NOTHING = "–"
 BASE = "base"
 RIVAL = "rival"
 
@@ -126,7 +125,7 @@ def _overview(plan: TablePlan, evidence: Evidence) -> str:
     for name, row in plan.rows.items():
         runs = _summaries(plan, name, evidence)
         if not runs:
-            rows.append((name, row.about, row.group, *["not run"] * len(MEASURES), *[NOTHING] * 3, "0"))
+            rows.append((name, row.about, row.group, *["not run"] * len(MEASURES), *[NONE] * 3, "0"))
             continue
         cells = [_cell(plan, name, measure, evidence) for measure in MEASURES]
         rows.append((name, row.about, row.group, *cells, *_costs(row, runs), _count(runs)))
@@ -135,7 +134,7 @@ def _overview(plan: TablePlan, evidence: Evidence) -> str:
 
 def _costs(row: RowPlan, runs: Sequence[Summary]) -> tuple[str, str, str]:
     if row.of is not None or not any(run.raw["steps"] for run in runs):
-        return NOTHING, NOTHING, NOTHING
+        return NONE, NONE, NONE
     steps = sorted({int(run.raw["steps"]) for run in runs})
     a_step, whole = (float(np.mean([run.raw[key] for run in runs])) for key in ("flops_per_step", "flops"))
     return " / ".join(map(str, steps)), f"{a_step:.2e}", f"{whole:.2e}"
@@ -154,7 +153,7 @@ def _summaries(plan: TablePlan, name: str, evidence: Evidence) -> list[Summary]:
 def _cell(plan: TablePlan, name: str, measure: Measure, evidence: Evidence) -> str:
     own = column(plan, name, measure, evidence)
     if not own.known:
-        return NOTHING
+        return NONE
     text = score(own.mean) + (FEW if len(own.values) < MIN_SEEDS else "")
     change = _minus_base(plan, name, measure, evidence)
     return text if change is None else f"{text} ({_interval(change)})"
@@ -176,18 +175,16 @@ def _minus(plan: TablePlan, one: str, other: str, measure: Measure, evidence: Ev
 
 
 def _interval(change: TwoWayInterval) -> str:
-    each = change.interval
-    spread = f" [{score(each.low, 3, True)}, {score(each.high, 3, True)}]" if np.isfinite(each.low) else ""
-    return score(each.score, 3, True) + spread + (FEW if change.too_few else "")
+    return interval(change.interval, 3, signed=True) + (FEW if change.too_few else "")
 
 
 def _detectable(change: TwoWayInterval | None) -> str:
-    return NOTHING if change is None or not np.isfinite(change.detectable) else score(change.detectable)
+    return NONE if change is None or not np.isfinite(change.detectable) else score(change.detectable)
 
 
 def _significance(change: TwoWayInterval | None, p: float) -> str:
     if change is None or change.too_few:
-        return NOTHING if change is None else "too few seeds"
+        return NONE if change is None else "too few seeds"
     if not change.interval.excludes_zero or (np.isfinite(p) and p >= LEVEL):
         return "no"
     return "higher" if change.interval.score > 0 else "lower"
@@ -210,7 +207,7 @@ def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
     adjusted = holm([float("nan") if change is None else change.p for _, change in changes])
     for measure, (rival, change), p in zip(MEASURES, changes, adjusted, strict=True):
         if rival is None or change is None:
-            rows.append((measure.heading, *["not run"] * 2, *[NOTHING] * 4))
+            rows.append((measure.heading, *["not run"] * 2, *[NONE] * 4))
             continue
         ours = column(plan, plan.ours, measure, evidence)
         scores = (rival.row, score(rival.column.mean), score(ours.mean))
@@ -235,7 +232,7 @@ def _of_measure(plan: TablePlan, measure: Measure, evidence: Evidence) -> str:
         own = column(plan, name, measure, evidence)
         cells = [score(own.mean) + (FEW if len(own.values) < MIN_SEEDS else "")]
         for change, p in ((base[i], adjusted_base), (ours[i], adjusted_ours)):
-            cells += [NOTHING if change is None else _interval(change), _detectable(change), _significance(change, p)]
+            cells += [NONE if change is None else _interval(change), _detectable(change), _significance(change, p)]
         rows.append((name, *cells, _count(_summaries(plan, name, evidence))))
     missing = [name for name in plan.rows if not _summaries(plan, name, evidence)]
     return TextTable("", heads, tuple(rows), f"Not run: {', '.join(missing)}." if missing else "").markdown()
@@ -302,7 +299,7 @@ def _choices(plan: TablePlan, evidence: Evidence) -> str:
     rows = []
     for name, row in plan.rows.items():
         if row.untuned is not None:
-            rows.append((name, f"no grid: {row.untuned}", *[NOTHING] * 4))
+            rows.append((name, f"no grid: {row.untuned}", *[NONE] * 4))
         tuning = evidence.tuning.get(name)
         for i, member in enumerate([] if tuning is None else tuning["members"]):
             what = " ".join(member["overrides"]) or "as configured"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from lvrpo.records import Estimate
+from lvrpo.records import Estimate, number
 
 MINUS = "−"
+NONE = "–"
+"""A cell without a number."""
 
 
 def score(value: float, digits: int = 3, signed: bool = False) -> str:
@@ -18,6 +21,27 @@ def score(value: float, digits: int = 3, signed: bool = False) -> str:
     if value < 0 and not is_zero:
         return MINUS + text
     return ("+" + text) if signed and not is_zero else text
+
+
+def share(value: object, signed: bool = False) -> str:
+    """``.52``, or a dash for what is no finite number."""
+    found = number(value)
+    return NONE if found is None else score(found, 2, signed)
+
+
+def interval(found: object, digits: int = 2, signed: bool = False) -> str:
+    """``.42 [.38, .46]`` of an interval, an estimate or a result in JSON; a dash for none, ends only where known.
+
+    A difference whose smallest detectable effect is known ends in ``≥ .05``.
+    """
+    value, low, high, detectable = (
+        number(found.get(name) if isinstance(found, Mapping) else getattr(found, name, None))  # of three types
+        for name in ("score", "low", "high", "detectable")
+    )
+    if value is None:
+        return NONE
+    ends = "" if low is None or high is None else f" [{score(low, digits, signed)}, {score(high, digits, signed)}]"
+    return score(value, digits, signed) + ends + ("" if detectable is None else f" ≥ {score(detectable, digits)}")
 
 
 def decimals(*values: float | None) -> int:
@@ -74,6 +98,11 @@ IN_SENTENCES = {
     "edit": "editing",
     "reason": "reasoning",
 }
+
+
+def task_name(task: str) -> str:
+    """A task, whatever the temperature of its answers."""
+    return "Questions" if task == "understand" else label(task)
 
 
 def label(task: str) -> str:

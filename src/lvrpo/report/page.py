@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lvrpo.atomic_io import write_atomic
 from lvrpo.errors import InputError
 from lvrpo.records import number
 from lvrpo.report import formatting
-from lvrpo.report.audit import read_audit
+from lvrpo.report.audit import audit_section, read_audit
 from lvrpo.report.charts import (
     gradient_audit,
     headline_charts,
@@ -28,19 +27,10 @@ from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord, load_run
 from lvrpo.report.samples import Picture, PictureStore, sample_sections, task_label
 from lvrpo.report.scores import score_table, verdict
-from lvrpo.report.tables import collapses, measure_tables, summary_phases
+from lvrpo.report.tables import TextTable, collapses, measure_tables, summary_phases
 
 HERE = Path(__file__).parent
 GRID_SIDE = 1400
-
-
-@dataclass(frozen=True)
-class ValidationRow:
-    """One step on which validation ran."""
-
-    step: int
-    scores: tuple[float | None, ...]
-    action: str
 
 
 def build_report(run: Path) -> Path:
@@ -65,7 +55,8 @@ def render(run: RunRecord) -> str:
     raw = run.summary.raw if run.summary else {}
     problems = list(run.problems)
     audit = read_audit(run.path / "audit.json", problems)
-    alarms = [f"Alarm of the reward audit: {words}." for words in (audit.alarms if audit else ())]
+    found = (*audit.alarms.missing, *audit.alarms.found) if audit else ()
+    alarms = [f"Alarm of the reward audit: {alarm.words}." for alarm in found]
     alarms += [f"Answers have collapsed: {words}." for words in collapses(raw.get("difference"))]
     context: dict[str, Any] = {
         "run": run,
@@ -81,11 +72,10 @@ def render(run: RunRecord) -> str:
         "ratio_note": ratio_note(run.metrics),
         "gradients": gradient_audit(run.metrics),
         "validation_charts": validation_charts(run.metrics),
-        "validation_names": [label(key.removeprefix("validation/")) for key in validation_keys],
-        "validation_rows": _validation_history(run, validation_keys),
+        "validation_history": _validation_history(run, validation_keys),
         "validation_summary": raw.get("validation"),
         "judge": raw.get("judge"),
-        "audit": audit,
+        "audit": audit and audit_section(audit),
         "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
         "samples": sample_sections(run, store),
         "grids": _selected_grids(run, store),
@@ -100,14 +90,15 @@ def not_well(health: object) -> list[str]:
     return [f"Not healthy: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
-def _validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
-    ran = [row for row in run.metrics.rows if any(k.startswith("validation/") for k in row)]
-    return [
-        ValidationRow(
-            int(row["step"]), tuple(number(row.get(k)) for k in keys), str(row.get("validation/action") or "")
-        )
-        for row in ran
-    ]
+def _validation_history(run: RunRecord, keys: list[str]) -> TextTable:
+    """A row per step on which validation ran."""
+    heads = ("step", *(label(key.removeprefix("validation/")) for key in keys), "what it did")
+    ran = [row for row in run.metrics.rows if any(key.startswith("validation/") for key in row)]
+    rows = []
+    for row in ran:
+        scores = (formatting.NONE if number(row.get(k)) is None else formatting.score(row[k]) for k in keys)
+        rows.append((str(int(row["step"])), *scores, str(row.get("validation/action") or formatting.NONE)))
+    return TextTable("", heads, tuple(rows))
 
 
 def _run_facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -199,6 +190,7 @@ def environment() -> jinja2.Environment:
         score=formatting.score,
         compact=formatting.compact,
         words=lambda text: str(text).replace("_", " "),
+        tone=lambda cell: getattr(cell, "tone", ""),  # only a Cell has one
     )
     environment.globals.update(task_label=task_label)
     environment.tests["table"] = lambda value: isinstance(value, Mapping)

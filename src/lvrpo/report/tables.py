@@ -13,22 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from lvrpo.errors import InputError
-from lvrpo.records import BenchmarkRecord, Estimate, EvaluationRecord, number, read_record
-from lvrpo.report.formatting import label, score, task_order
-from lvrpo.report.run import RunRecord, load_run
+from lvrpo.records import LEVEL, BenchmarkRecord, Estimate, EvaluationRecord, direction, number, read_record
+from lvrpo.report.formatting import NONE, interval, label, score, share, task_order
+from lvrpo.report.run import load_run
 from lvrpo.statistics import MIN_SEEDS, Floats, TwoWayInterval, holm, seeds_and_prompts_interval
 
 Results = Mapping[str, Mapping[str, Any]]
 """Results by benchmark. Any: JSON values."""
-NONE = "–"
 DETECTABLE = "≥ x: the smallest true difference detectable with probability .8"
 BEST_OF = "4"
 MIN_QUESTIONS = 10
 """A form with fewer questions is not shown by itself."""
+
+
+class Cell(str):
+    """A cell with a tone, which the page and the terminal show as a color."""
+
+    tone: str
+    """up, down, flat or unsure, as ``Estimate.direction``; together or apart of gradients; "" for none."""
+
+    def __new__(cls, text: str, tone: str) -> Cell:
+        cell = super().__new__(cls, text)
+        cell.tone = tone
+        return cell
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,54 @@ class TextTable:
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    """The first cell names the row; it is empty where a row continues the one above."""
+    """The first cell names the row; it is empty where a row continues the one above, and begins with two spaces where
+    a row is a part of it."""
     note: str = ""
 
     def markdown(self) -> str:
         """A table for a results page, the note below it."""
         lines = ["| " + " | ".join(self.heads) + " |", "|---" * len(self.heads) + "|"]
-        lines += ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+
+
+def _markdown(cell: str) -> str:
+    return cell.strip().replace("|", "\\|").replace("\n", "<br>")
+
+
+def scores_table(results: Results, title: str) -> TextTable:
+    """The scores of one evaluation, and of its categories."""
+    masked = any("masked" in each for each in results.values())
+    rows = []
+    for name, each in results.items():
+        lost = (str(each.get("masked", {}).get("prompts", 0)),) if masked else ()
+        rows.append((name, _score(each), str(each["n"]), *lost))
+        rows += [(f"  {_words(n)}", _score(c), str(c["n"]), *[""] * masked) for n, c in each["categories"].items()]
+    heads = ("benchmark", "score, 95 % interval", *(("scored", "masked") if masked else ("prompts",)))
+    return TextTable(title, heads, tuple(rows))
+
+
+def summary_table(summary: Mapping[str, Any]) -> TextTable:
+    """Before, after and difference per task and category, and the baseline where there is one. Any: JSON values."""
+    baseline = summary.get("baseline")
+    rows = []
+    for task, before in summary["before"].items():
+        parts = [before, summary["after"][task], summary["difference"][task]]
+        if baseline:
+            parts += [baseline["after"][task], summary["ours_minus_baseline"][task]]
+        rows.append(_summary_row(_words(task), parts))
+        rows += [
+            _summary_row(f"  {_words(c)}", [part["categories"][c] for part in parts]) for c in before["categories"]
+        ]
+    heads = ("task", "before", "after", "difference [95 %]", *(("baseline", "ours minus it") if baseline else ()))
+    return TextTable("", heads, tuple(rows))
+
+
+def _summary_row(name: str, parts: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Scores, and differences in their tone."""
+    before, after, difference, *other = parts
+    cells = [share(before["score"]), share(after["score"]), _change(difference)]
+    return (name, *cells, *((share(other[0]["score"]), _change(other[1])) if other else ()))
 
 
 def measure_tables(
@@ -82,16 +131,16 @@ def _samples_table(phases: Mapping[str, Results], difference: Results, full: boo
             found = results.get(benchmark, {})
             if "pass_at_k" not in found:
                 continue
-            cells = [_interval(found["pass_at_k"].get(k)) for k in passes]
-            cells += [_interval(found.get("best_of", {}).get(n)) for n in bests]
+            cells = [interval(found["pass_at_k"].get(k)) for k in passes]
+            cells += [interval(found.get("best_of", {}).get(n)) for n in bests]
             rows.append(
-                (*_name(rows, benchmark, phase), *cells, *(_share(found["groups"][k]) for k in ("std", "signal")))
+                (*_name(rows, benchmark, phase), *cells, *(share(found["groups"][k]) for k in ("std", "signal")))
             )
         found = difference.get(benchmark, {})
         if "pass_at_k" in found:
             cells = [_change(found["pass_at_k"].get(k)) for k in passes]
             cells += [_change(found.get("best_of", {}).get(n)) for n in bests]
-            cells += [_share(found["groups"][k], signed=True) for k in ("std", "signal")]
+            cells += [share(found["groups"][k], signed=True) for k in ("std", "signal")]
             rows.append(("", "difference", *cells))
         for n, rival in found.get("against_best_of", {}).items():
             cells = [_change(rival) if k == "1" else "" for k in passes]
@@ -108,7 +157,7 @@ def _answers_table(phases: Mapping[str, Results], difference: Results) -> TextTa
     for benchmark in _benchmarks(phases, "forms"):
         found = [results.get(benchmark, {}) for results in phases.values()]
         change = _change(difference[benchmark].get("balanced")) if benchmark in difference else ""
-        cells = [_interval(each.get("balanced")) for each in found]
+        cells = [interval(each.get("balanced")) for each in found]
         rows.append((label(benchmark), *cells, *[""] * (len(phases) + 1), change))
         collapsed = {each["form"]: each for each in difference.get(benchmark, {}).get("collapsed", ())}
         forms = dict.fromkeys(form for each in found for form in each.get("forms", {}))
@@ -120,8 +169,8 @@ def _answers_table(phases: Mapping[str, Results], difference: Results) -> TextTa
             note = (
                 f"collapsed: {collapsed[form]['share']:.0%} “{collapsed[form]['answer']}”" if form in collapsed else ""
             )
-            balanced, entropy = ([_share(one.get(name)) for one in each] for name in ("balanced", "entropy"))
-            rows.append((f"  {form}", *balanced, *entropy, _share(right), note))
+            balanced, entropy = ([share(one.get(name)) for one in each] for name in ("balanced", "entropy"))
+            rows.append((f"  {form}", *balanced, *entropy, share(right), note))
     note = (
         "balanced accuracy: mean over right answers of the share answered rightly; entropy of the answers given, bits"
     )
@@ -135,8 +184,8 @@ def _agreement_table(phases: Mapping[str, Results]) -> TextTable:
         for phase, results in phases.items():
             found = results.get(benchmark, {}).get("agreement")
             if found:
-                cells = [_interval(found[k]) for k in ("confirmed", "hold", "agree")]
-                rows.append((*_name(rows, benchmark, phase), *cells, _share(found["kappa"])))
+                cells = [interval(found[k]) for k in ("confirmed", "hold", "agree")]
+                rows.append((*_name(rows, benchmark, phase), *cells, share(found["kappa"])))
     heads = ("benchmark", "", "reader finds", "verifier finds", "they agree", "kappa")
     return TextTable("Draw, then read back: share of the stated facts", heads, tuple(rows))
 
@@ -180,118 +229,64 @@ def _name(rows: Sequence[tuple[str, ...]], benchmark: str, phase: str) -> tuple[
     return ("" if known else label(benchmark), phase)
 
 
-def _share(value: Any, signed: bool = False) -> str:
-    found = number(value)
-    return NONE if found is None else score(found, 2, signed)
+def _score(raw: Mapping[str, Any], signed: bool = False) -> str:
+    """A score with its interval, or a word that it has none. Any: JSON values."""
+    text = interval(raw, signed=signed)
+    return text if "[" in text or text == NONE else f"{text}, no interval"
 
 
-def _interval(raw: Mapping[str, Any] | None, signed: bool = False) -> str:
-    if raw is None or number(raw.get("score")) is None:
-        return NONE
-    low, high = number(raw.get("low")), number(raw.get("high"))
-    spread = "" if low is None or high is None else f" [{score(low, 2, signed)}, {score(high, 2, signed)}]"
-    return _share(raw["score"], signed) + spread
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _change(raw: Mapping[str, Any] | None) -> str:
-    detectable = number(raw.get("detectable")) if raw else None
-    return _interval(raw, signed=True) + ("" if detectable is None else f" ≥ {score(detectable, 2)}")
+    """A difference in its tone. Any: JSON values."""
+    if raw is None:
+        return NONE
+    low, high, p = (number(raw.get(name)) for name in ("low", "high", "p_holm"))
+    return Cell(_score(raw, signed=True), direction(low, high, p))
 
 
-COLORS = {"up": "green", "down": "red", "flat": "dim", "unsure": "dim"}
+# --- several runs ---
 
 
-@dataclass(frozen=True)
-class RunCell:
-    """One task of one run."""
+def compare_runs(runs: Sequence[Path]) -> TextTable:
+    """Rows are runs, and baselines inside them; columns are tasks, of which runs without a summary have none.
 
-    before: Estimate | None
-    after: Estimate | None
-    difference: Estimate | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Rows are runs (and their baselines), columns are tasks."""
-
-    tasks: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[RunCell, ...]], ...]
-
-    def table(self) -> Table:
-        """The table for ``rich.print``."""
-        table = Table(title="before → after, difference with 95 % interval", title_justify="left", show_lines=True)
-        table.add_column("run", overflow="fold")
-        for task in self.tasks:
-            table.add_column(label(task), justify="right", overflow="fold")
-        for name, cells in self.rows:
-            table.add_row(Text(name), *(_rich_cell(cell) for cell in cells))
-        return table
-
-    def markdown(self) -> str:
-        """A table for a results page."""
-        heads = ["run", *(label(task) for task in self.tasks)]
-        lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * len(self.tasks) + "|"]
-        for name, cells in self.rows:
-            texts = [
-                f"{_cell_values(cell)}<br>{_cell_change(cell)}" if _cell_change(cell) else _cell_values(cell)
-                for cell in cells
-            ]
-            lines.append("| " + " | ".join([name.replace("|", "\\|"), *texts]) + " |")
-        return "\n".join(lines) + "\n"
-
-
-def compare_runs(runs: Sequence[Path]) -> Comparison:
-    """Read the summaries of some runs. A run without one has empty cells; a baseline inside one is a row of its own."""
+    Raises InputError where no run has results.
+    """
     if not runs:
         raise InputError("no run to compare: name at least one run directory")
     records = [load_run(Path(path)) for path in runs]
-    tables = [t for r in records if r.summary for t in (r.summary.before, r.summary.after)]
-    tasks = tuple(task_order(*tables))
+    tasks = task_order(*(t for r in records if r.summary for t in (r.summary.before, r.summary.after)))
+    if not tasks:
+        raise InputError(
+            f"{runs[0]}: no run has results: wait until one has finished, or train with held-out rows (data.jsonl.test)"
+        )
     counted = Counter(record.name for record in records)
-    rows: list[tuple[str, tuple[RunCell, ...]]] = []
+    rows: list[tuple[str, ...]] = []
     for record in records:
         name = record.name if counted[record.name] == 1 else str(record.path)
-        rows.append((name if record.finished else f"{name} (not finished)", _cells(record, tasks)))
-        if record.summary and record.summary.baseline:
-            base = record.summary.baseline
-            cells = tuple(
-                RunCell(record.summary.before.get(t), base.after.get(t), base.difference.get(t)) for t in tasks
-            )
-            rows.append((f"{name}: {base.name}", cells))
-    return Comparison(tasks, tuple(rows))
+        title, summary = name if record.finished else f"{name} (not finished)", record.summary
+        if summary is None:
+            rows.append((title, *[NONE] * len(tasks)))
+            continue
+        methods = [(title, summary.after, summary.difference)]
+        if summary.baseline is not None:
+            base = summary.baseline
+            methods.append((f"{name}: {base.name}", base.after, base.difference))
+        for method, after, difference in methods:
+            cells = (_run_cell(summary.before.get(t), after.get(t), difference.get(t)) for t in tasks)
+            rows.append((method, *cells))
+    heads = ("run", *map(label, tasks))
+    return TextTable("before → after, difference with 95 % interval", heads, tuple(rows))
 
 
-def _cells(record: RunRecord, tasks: tuple[str, ...]) -> tuple[RunCell, ...]:
-    summary = record.summary
-    if summary is None:
-        return tuple(RunCell(None, None, None) for _ in tasks)
-    tables = (summary.before, summary.after, summary.difference)
-    return tuple(RunCell(*(table.get(task) for table in tables)) for task in tasks)
-
-
-def _cell_values(cell: RunCell) -> str:
-    before, after = (score(e.score) if e else "–" for e in (cell.before, cell.after))
-    return f"{before} → {after}" if cell.before or cell.after else "–"
-
-
-def _cell_change(cell: RunCell) -> str:
-    d = cell.difference
-    if d is None:
-        return ""
-    interval = ""
-    if d.low is not None and d.high is not None:
-        interval = f" [{score(d.low, signed=True)}, {score(d.high, signed=True)}]"
-    return score(d.score, signed=True) + interval
-
-
-def _rich_cell(cell: RunCell) -> Text:
-    text = Text(_cell_values(cell))
-    if cell.difference is not None:
-        text.append("\n" + _cell_change(cell), style=COLORS[cell.difference.direction])
-    return text
-
-
-LEVEL = 0.05
+def _run_cell(before: Estimate | None, after: Estimate | None, change: Estimate | None) -> str:
+    values = " → ".join(NONE if each is None else score(each.score) for each in (before, after))
+    if change is None:
+        return NONE if before is after is None else values
+    return Cell(f"{values}\n{interval(replace(change, detectable=None), 3, signed=True)}", change.direction)
 
 
 @dataclass(frozen=True)
@@ -359,10 +354,12 @@ def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
         for i, row in enumerate(found if categories else found[:1]):
             name = f"  {row.name.replace('_', ' ')}" if i else label(benchmark)
             each, detectable = row.change.interval, row.change.detectable
-            spread = f" [{score(each.low, 3, True)}, {score(each.high, 3, True)}]" if np.isfinite(each.low) else ""
-            cells = (score(row.before), score(row.after), score(each.score, 3, True) + spread)
-            detectable_cell = score(detectable) if np.isfinite(detectable) else "–"
-            rows.append((name, *cells, detectable_cell, f"{row.p:.2g}" if np.isfinite(row.p) else "–", row.verdict))
+            cells = (score(row.before), score(row.after), interval(each, 3, signed=True))
+            known = (
+                score(detectable) if np.isfinite(detectable) else NONE,
+                f"{row.p:.2g}" if np.isfinite(row.p) else NONE,
+            )
+            rows.append((name, *cells, *known, row.verdict))
     seeds = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
     heads = ("task", "before", "after", "difference [95 %]", "detectable", "p", "significant")
     note = "interval over seeds and prompts; detectable: effect at power .8; p of categories adjusted (Holm)"
