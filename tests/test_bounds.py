@@ -69,8 +69,8 @@ def test_no_number_is_without_an_end(cls: Settings, number: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--guidance", "1e308"), "--guidance: 1e308: must be a number >= 1 and <= 1000"),
-        (("--guidance", "nan"), "must be a number >= 1"),
+        (("--guidance", "1e308"), "--guidance: 1e308: must be a number from 1 to 1000"),
+        (("--guidance", "nan"), "must be a number from 1 to 1000"),
         (("--num-steps", "10000000000"), "--num-steps: 10000000000: must be <= 1000"),
         (("--threads", "1000000000"), "--threads: 1000000000: must be <= 1024"),
         (("--count", "1000000000"), "--count: 1000000000: must be <= 10000"),

@@ -67,6 +67,13 @@ def to_pil(image: torch.Tensor) -> PilImage.Image:
     return PilImage.fromarray(pixels)
 
 
+def png(image: torch.Tensor | PilImage.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    (to_pil(image) if isinstance(image, torch.Tensor) else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _open(file: IO[bytes], name: Path | str) -> PilImage.Image:
     try:
         picture = PilImage.open(file, formats=FORMATS)

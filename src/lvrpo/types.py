@@ -101,6 +101,16 @@ class Prompt:
         if not kinds or not set(kinds) <= {"text", "image"}:
             raise InputError(f"{named}: field output is {self.output!r}: must be a tuple of 'text' and 'image'")
 
+    @property
+    def text(self) -> str:
+        """The texts of the prompt, without its pictures."""
+        return " ".join(part for part in self.parts if isinstance(part, str)).strip()
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures of the prompt, in order."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
 
 @dataclass(frozen=True)
 class Example:

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lvrpo.commands.data import world_sheet
 from lvrpo.data.base import DATASETS, Task
-from lvrpo.data.preview import png_bytes
 from lvrpo.data.scenes import (
     CATEGORIES,
     COLOR,
@@ -53,7 +53,7 @@ from lvrpo.data.scenes.grammar import (
 )
 from lvrpo.data.scenes.layout import SEEN_PAIRS, Layout
 from lvrpo.data.scenes.objects import GROUNDS, digit_indices, digit_samples, shape_masks
-from lvrpo.data.scenes.preview import preview
+from lvrpo.pictures import png
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Prompt, TaskKind
 
@@ -489,7 +489,9 @@ def test_speed(split: Split) -> None:
 
 
 def test_preview() -> None:
-    assert len(png_bytes(preview())) > 10_000
+    sheet = world_sheet("test", 0)
+    assert sheet.width > 8 * 3 * ScenesConfig().size
+    assert len(png(sheet)) > 10_000
 
 
 def test_table_of_sources() -> None:

@@ -242,7 +242,7 @@ DATA: list[Case] = [
     (
         ("generate", "small", "--prompt", "a red circle", "--guidance", "0.5", "--out", "new"),
         2,
-        "must be a number >= 1",
+        "must be a number from 1 to 1000",
     ),
     (("generate", "small", "--prompt", "a red circle", "--num-steps", "0", "--out", "new"), 2, "must be >= 1"),
     (("generate", "small", "--prompts", "missing.txt", "--out", "new"), 2, "missing.txt: no such file"),

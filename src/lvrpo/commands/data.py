@@ -11,10 +11,13 @@ from lvrpo.errors import ContractError, InputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from PIL import Image as PilImage
     from rich.console import Console
 
     from lvrpo.data.leakage import ComparedPrompt, Overlap, Shared
+    from lvrpo.data.scenes.objects import Split
     from lvrpo.training.config import TrainConfig
+    from lvrpo.types import Example, TaskKind
 
 
 def _preview_options(parser: Parser) -> None:
@@ -30,14 +33,30 @@ def _preview_options(parser: Parser) -> None:
 
 def preview(options: Options) -> None:
     from lvrpo.commands.inputs import require_png, write_file
-    from lvrpo.data.preview import png_bytes
-    from lvrpo.data.scenes.preview import preview as draw_preview
+    from lvrpo.pictures import png
 
     file = options.out / "scenes.png" if options.out.is_dir() or not options.out.suffix else options.out
     require_png(file)
     refuse_existing([file], options.force)
-    write_file(file, png_bytes(draw_preview(options.split, options.seed)), options.force)
+    write_file(file, png(world_sheet(options.split, options.seed)), options.force)
     print(file)
+
+
+def world_sheet(split: Split, seed: int) -> PilImage.Image:
+    """One row per category of the built-in world."""
+    from lvrpo.commands.contact_sheet import PER_ROW, contact_sheet
+    from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
+
+    source = ScenePrompts(ScenesConfig(), split, seed)
+    rows: list[tuple[TaskKind, str, list[Example]]] = []
+    for task in source.tasks:
+        cycle = source.category_cycles[task]
+        count = PER_ROW // 2 if task == "edit" else PER_ROW
+        step = len(cycle) * (source.config.questions_per_picture if task == "understand" else 1)
+        for category in dict.fromkeys(cycle):
+            first = cycle.index(category)
+            rows.append((task, category, [source.example(task, first + step * k) for k in range(count)]))
+    return contact_sheet(f"The built-in world: {source.name}", rows, 3 * source.config.size)
 
 
 def vocabulary(options: Options) -> None:

@@ -13,12 +13,12 @@ from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_e
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from lvrpo.data.preview import Block
     from lvrpo.data.rows import RowPrompts
     from lvrpo.report.tables import TextTable
     from lvrpo.training.config import DataConfig
+    from lvrpo.types import Example, TaskKind
 
 SHOWN_ROWS = 10
 """Rows on the contact sheet."""
@@ -47,11 +47,12 @@ def check_options(parser: Parser) -> None:
 
 def check(options: Options) -> None:
     """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
+    from lvrpo.commands.contact_sheet import contact_sheet
     from lvrpo.commands.inputs import require_png, write_file
     from lvrpo.commands.tables import text_table, wide_console
     from lvrpo.data.images import load_image
     from lvrpo.data.leakage import compared_rows, duplicates, pixel_picture
-    from lvrpo.data.preview import contact_sheet, png_bytes
+    from lvrpo.pictures import png
 
     out: Path = options.out or _unused_name(Path("rows.png"))
     file = out if out.suffix else out.with_suffix(".png")
@@ -67,8 +68,8 @@ def check(options: Options) -> None:
         console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more", style="red")
     rows = next((rows for rows in splits.values() if len(rows)), None)
     if rows is not None:
-        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", _sheet_blocks(rows), SIDE)
-        write_file(file, png_bytes(sheet), options.force)
+        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", _shown(rows), SIDE)
+        write_file(file, png(sheet), options.force)
         console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
     compared = {
         split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
@@ -161,22 +162,18 @@ def _counts_table(splits: Mapping[str, RowPrompts]) -> TextTable:
     return TextTable("rows", heads, tuple(rows))
 
 
-def _sheet_blocks(rows: RowPrompts) -> list[Block]:
-    """The first rows of every task, ``SHOWN_ROWS`` in all where there are as many."""
-    from lvrpo.data.preview import PER_BLOCK
-
+def _shown(rows: RowPrompts) -> list[tuple[TaskKind, str, Sequence[Example]]]:
+    """The first rows of every task by category, ``SHOWN_ROWS`` in all where there are as many."""
     shown = dict.fromkeys(rows.tasks, 0)
     while sum(shown.values()) < min(SHOWN_ROWS, len(rows)):
         for task in rows.tasks:
             if shown[task] < rows.size(task) and sum(shown.values()) < SHOWN_ROWS:
                 shown[task] += 1
-    blocks: list[Block] = []
+    found: dict[tuple[TaskKind, str], list[Example]] = {}
     for task, count in shown.items():
-        examples = rows.examples(task, count)
-        for first in range(0, count, PER_BLOCK):
-            part = examples[first : first + PER_BLOCK]
-            blocks.append((task, part[0].prompt.category or part[0].prompt.source, part))
-    return blocks
+        for example in rows.examples(task, count):
+            found.setdefault((task, example.prompt.category or example.prompt.source), []).append(example)
+    return [(task, category, examples) for (task, category), examples in found.items()]
 
 
 CHECK = Command(

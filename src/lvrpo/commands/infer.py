@@ -94,7 +94,7 @@ def _generate_options(parser: Parser) -> None:
 
 def generate(options: Options) -> None:
     from lvrpo.commands.inputs import read_lines, write_file
-    from lvrpo.data.images import png
+    from lvrpo.pictures import png
 
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
@@ -266,7 +266,7 @@ def _edit_options(parser: Parser) -> None:
 
 def edit(options: Options) -> None:
     from lvrpo.commands.inputs import fitting_image, require_png, write_file
-    from lvrpo.data.images import png
+    from lvrpo.pictures import png
 
     require_png(options.out)
     refuse_existing([options.out], options.force)

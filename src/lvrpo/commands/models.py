@@ -191,7 +191,7 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
     def picture(i: int) -> Image:
         if i in kept:
             return kept[i]
-        image = next(part for part in source.prompt("understand", i).parts if not isinstance(part, str))
+        image = source.prompt("understand", i).images[0]
         if (len(kept) + 1) * image.nbytes <= KEPT_BYTES:
             kept[i] = image
         return image
@@ -237,8 +237,7 @@ def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
         tiles = TileCodebook.learn(pictures, policy.magvit.config.codes, policy.magvit.config.patch_size)
     policy.tiles = tiles
     source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "validation", 0)
-    parts = [part for i in range(MEASURED) for part in source.prompt("understand", i).parts]
-    shown = [part for part in parts if not isinstance(part, str)]
+    shown = [image for i in range(MEASURED) for image in source.prompt("understand", i).images]
     pairs = list(zip(read(shown), read(tiles.decode(tiles.encode(shown))), strict=True))
     total, kept = sum(len(facts_of(a)) for a, _ in pairs), sum(len(facts_of(a) & facts_of(b)) for a, b in pairs)
     same = sum(seen_objects(a) == seen_objects(b) for a, b in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,14 +89,6 @@ def middle_square(image: Image, side: int) -> Image:
     middle = image[:, top : top + square, left : left + square]
     resized = functional.interpolate(middle[None], size=(side, side), mode="bicubic", antialias=True)[0]
     return resized.clamp(0, 1).to(torch.float32)
-
-
-def png(image: Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
-    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().numpy().astype(np.uint8)
-    buffer = io.BytesIO()
-    PilImage.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _pixels(opened: PilImage.Image, name: Path | str) -> Image:

@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from lvrpo.atomic_io import sync, write_atomic
-from lvrpo.data.images import load_image, png
+from lvrpo.data.images import load_image
 from lvrpo.errors import InputError
 from lvrpo.metrics import ReadBack
+from lvrpo.pictures import png
 from lvrpo.reading import Record, parse_json, read_json_object, read_text, validate_type
 from lvrpo.rewards.base import offline_group
 from lvrpo.types import Group, Prompt, TextSegment
@@ -157,7 +158,7 @@ class ItemFolder:
             row = {
                 "id": prompt.id,
                 "category": prompt.category,
-                "prompt": " ".join(part for part in prompt.parts if isinstance(part, str)),
+                "prompt": prompt.text,
                 "answer": prompt.answer,
                 "scores": [score if math.isfinite(score) else None for score in item.scores],
                 "judged": list(item.judged),

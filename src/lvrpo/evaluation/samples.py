@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from lvrpo.data.images import png
 from lvrpo.evaluation.suite import Evaluation
+from lvrpo.pictures import png
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
 from lvrpo.rewards.success import HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.types import Group, Prompt
+from lvrpo.types import Group
 
 PER_CATEGORY = 3
 WITHOUT_CATEGORY = 12
@@ -87,7 +87,7 @@ def write_samples(
         if output.image is not None:
             image = f"eval/{phase}/{number:05d}.png"
             run.write_bytes(image, png(output.image))
-        picture = next((part for part in prompt.parts if not isinstance(part, str)), None)
+        picture = next(iter(prompt.images), None)
         if picture is not None:
             source = f"eval/sources/{number:05d}.png"
             if not (run.path / source).exists():
@@ -98,7 +98,7 @@ def write_samples(
                 id=prompt.id,
                 task=prompt.task,
                 category=prompt.category,
-                text=prompt_text(prompt),
+                text=prompt.text,
                 answer=prompt.answer,
                 output_text=output.text,
                 score=scores.get(prompt.id),
@@ -109,8 +109,3 @@ def write_samples(
             )
         )
     return rows
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """The text parts of a prompt."""
-    return " ".join(part for part in prompt.parts if isinstance(part, str))

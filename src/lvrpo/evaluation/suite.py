@@ -488,7 +488,6 @@ def form_of(prompt: Prompt) -> str:
 def cluster_of(prompt: Prompt) -> str:
     """The unit of the bootstrap: a hash of the prompt's pictures, else its content, else its id."""
     digest = hashlib.blake2b(digest_size=8)
-    pictures = [part for part in prompt.parts if not isinstance(part, str)]
-    for picture in pictures:
+    for picture in prompt.images:
         digest.update(picture.numpy().tobytes())
-    return digest.hexdigest() if pictures else prompt.content or prompt.id
+    return digest.hexdigest() if prompt.images else prompt.content or prompt.id

@@ -28,12 +28,12 @@ class Tile:
 
 
 def picture_grid(
-    rows: Sequence[tuple[str, Sequence[Tile]]], *, tile_size: int = 96, font_size: int = 12
+    rows: Sequence[tuple[str, Sequence[Tile]]], *, tile_size: int = 96, font_size: int = 12, caption_lines: int = 2
 ) -> Image.Image:
     """Rows of (title, tiles) as one RGB picture; small pictures are enlarged to whole pixels with hard edges.
 
-    A title is written above its row, a caption under its picture; both wrap, and a caption ends in dots after two
-    lines. Raises ``ValueError`` for a tensor that is no picture.
+    A title is written above its row, a caption under its picture; both wrap, and a caption ends in dots after
+    ``caption_lines`` lines. Raises ``ValueError`` for a tensor that is no picture.
     """
     font = _font(font_size)
     line = round(font_size * 1.35)
@@ -43,8 +43,8 @@ def picture_grid(
     layout: list[tuple[list[str], list[list[str]], int]] = []
     for title, tiles in rows:
         title_lines = _wrapped(title, font, width - 2 * MARGIN, 3)
-        captions = [_wrapped(_marked(tile), font, cell, 2) for tile in tiles]
-        height = line * (len(title_lines) + max((len(c) for c in captions), default=0)) + cell + GAP * 2
+        captions = [_wrapped(_marked(tile), font, cell, caption_lines) for tile in tiles]
+        height = line * (len(title_lines) + max((len(c) for c in captions), default=0)) + (cell if tiles else 0) + GAP * 2
         layout.append((title_lines, captions, height))
     total = max(1, sum(height for *_, height in layout)) + 2 * MARGIN - (GAP if rows else 0)
     canvas = Image.new("RGB", (width, total), BACKGROUND)

@@ -42,7 +42,7 @@ class CaptionBack(Config):
     """Words that are not compared."""
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(_text(prompt)))
+        return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(prompt.text))
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
@@ -63,7 +63,7 @@ class CaptionBack(Config):
         temperature = 0.0 if self.samples == 1 else 1.0
         sampling = Sampling(self.samples, temperature, self.max_new_tokens)
         for (p, g), described in zip(cells, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
-            wanted = self._words(_text(groups[p].prompt))
+            wanted = self._words(groups[p].prompt.text)
             problems = [text_problem(t) for t in described.trajectories]
             found = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
             if found:
@@ -82,7 +82,3 @@ def word_f1(given: Counter[str], wanted: Counter[str]) -> float:
     """2 |a n b| / (|a| + |b|) of two multisets; 0 where both are empty."""
     total = given.total() + wanted.total()
     return 2 * (given & wanted).total() / total if total else 0.0
-
-
-def _text(prompt: Prompt) -> str:
-    return " ".join(part for part in prompt.parts if isinstance(part, str))

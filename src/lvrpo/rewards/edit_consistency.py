@@ -20,9 +20,7 @@ from lvrpo.rewards.questions import (
     RENAMED_OPTIONS,
     UNCHANGED,
     QuestionConfig,
-    images_of,
     keep_confirmed,
-    source_image,
     with_facts,
 )
 from lvrpo.rewards.self_vqa import Choices, Confidences, Failures, SelfVQA
@@ -98,14 +96,14 @@ class EditConsistency(Config):
         return "" if self._vqa is None else self._vqa.judged_by
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.task == "edit" and bool(images_of(prompt))
+        return prompt.task == "edit" and bool(prompt.images)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: Failures = {}
         self._say_what_is_guessed(groups)
         for p, group in enumerate(groups):
-            source, region = source_image(group.prompt), group.prompt.edited
+            source, region = group.prompt.images[-1], group.prompt.edited
             for g, trajectory in enumerate(group.trajectories):
                 image = trajectory.image
                 problem = image_problem(trajectory)
@@ -164,7 +162,7 @@ class EditConsistency(Config):
 
         reasons: dict[int, str] = {}
         given = [p for p, group in enumerate(groups) if group.prompt.facts]
-        cases = [(source_image(groups[p].prompt), tuple(vqa.known(groups[p].prompt))) for p in given]
+        cases = [(groups[p].prompt.images[-1], tuple(vqa.known(groups[p].prompt))) for p in given]
         asked = list(groups)
         if vqa.generator is not None:
             asked, reasons = vqa.generator.with_questions(groups, judge, confirm)

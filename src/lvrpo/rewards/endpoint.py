@@ -6,7 +6,6 @@ The key comes from an environment variable that the configuration names; it is i
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 import socket
@@ -24,7 +23,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.pictures import png
 from lvrpo.reading import parse_json
 from lvrpo.rewards.secrets import is_variable_name, looks_like_secret
 from lvrpo.types import Image, Parts
@@ -289,9 +288,7 @@ def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
 
 def picture_url(image: Image) -> str:
     """A picture (3, H, W) in [0, 1] as PNG in a data address."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 
 def _seconds(header: str | None) -> float:

@@ -16,7 +16,7 @@ Builder = Callable[..., "FunctionReward"]
 
 PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "trajectory": lambda trajectory: trajectory,
-    "prompt": lambda trajectory: " ".join(part for part in trajectory.prompt.parts if isinstance(part, str)),
+    "prompt": lambda trajectory: trajectory.prompt.text,
     "answer": lambda trajectory: trajectory.prompt.answer,
     "text": lambda trajectory: trajectory.text,
     "image": lambda trajectory: trajectory.image,

@@ -29,7 +29,7 @@ from lvrpo.rewards.external import (
     TowerSource,
     folder_fingerprint,
 )
-from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig, text_of
+from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
 from lvrpo.rewards.self_vqa import Choices, Failures, Reader, SelfVQA
 from lvrpo.rewards.verifiable_image import fact_table, unverifiable
 from lvrpo.rewards.verifiable_text import FORMS, CutOff, score_texts, text_problem
@@ -87,7 +87,7 @@ class Semantic(Config):
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
-            return prompt.task != "edit" and bool(text_of(prompt))
+            return prompt.task != "edit" and bool(prompt.text)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -132,7 +132,7 @@ class Semantic(Config):
         return [states.float().cpu() for states in found]
 
     def _text(self, prompt: Prompt) -> str:
-        words = text_of(prompt)
+        words = prompt.text
         for lead_in in self.lead_ins:
             words = words.removeprefix(lead_in)
         return words
@@ -334,7 +334,7 @@ class Knowledge(Config):
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
             return self._vqa.applies(prompt)
-        return any(not isinstance(part, str) for part in prompt.parts)
+        return bool(prompt.images)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         reader: Reader = self._reader or judge

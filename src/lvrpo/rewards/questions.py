@@ -171,7 +171,7 @@ class QuestionGenerator:
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether there are words to write questions about, and no facts yet."""
-        return not prompt.facts and bool(text_of(prompt))
+        return not prompt.facts and bool(prompt.text)
 
     def with_questions(
         self, groups: Sequence[Group], judge: Judge, confirm: Confirm
@@ -186,9 +186,7 @@ class QuestionGenerator:
         found = dict(zip(wanted, self.questions([groups[p].prompt for p in wanted], judge), strict=True))
         edits = [p for p in wanted if self._has_rest(groups[p].prompt) and not isinstance(found[p], NoAnswer)]
         rest = self.unchanged_questions([groups[p].prompt for p in edits], judge)
-        cases = [
-            (source_image(groups[p].prompt), _joined(found[p], stays)) for p, stays in zip(edits, rest, strict=True)
-        ]
+        cases = [(groups[p].prompt.images[-1], _joined(found[p], stays)) for p, stays in zip(edits, rest, strict=True)]
         found |= dict(zip(edits, keep_confirmed(cases, confirm, self.config.sure), strict=True))
         out, missing = [], {}
         for p, group in enumerate(groups):
@@ -201,7 +199,7 @@ class QuestionGenerator:
     def questions(self, prompts: Sequence[Prompt], judge: Judge) -> list[Questions]:
         """The questions of every prompt about what should be, or why there are none."""
         if self.config.by == "grammar":
-            found = [world_of(prompt.world).questions(text_of(prompt)) for prompt in prompts]
+            found = [world_of(prompt.world).questions(prompt.text) for prompt in prompts]
             return [facts or NoAnswer("the grammar does not know its words") for facts in found]
         answers = self._answers([self._request(prompt) for prompt in prompts], judge)
         return [self._facts(answer) for answer in answers]
@@ -209,9 +207,9 @@ class QuestionGenerator:
     def unchanged_questions(self, prompts: Sequence[Prompt], judge: Judge) -> list[Questions]:
         """The questions of every edit about what should stay, made in view of its source, or why there are none."""
         if self.config.by == "grammar":
-            return [world_of(prompt.world).unchanged_questions(text_of(prompt)) for prompt in prompts]
+            return [world_of(prompt.world).unchanged_questions(prompt.text) for prompt in prompts]
         template = self.config.stay_template or ""
-        requests = [_Request(template.replace("{prompt}", text_of(p)), source_image(p)) for p in prompts]
+        requests = [_Request(template.replace("{prompt}", p.text), p.images[-1]) for p in prompts]
         found = []
         for answer in self._answers(requests, judge):
             facts = self._facts(answer, "questions about what should stay")
@@ -219,11 +217,11 @@ class QuestionGenerator:
         return found
 
     def _has_rest(self, prompt: Prompt) -> bool:
-        return self.config.stay_template is not None and prompt.task == "edit" and bool(images_of(prompt))
+        return self.config.stay_template is not None and prompt.task == "edit" and bool(prompt.images)
 
     def _request(self, prompt: Prompt) -> _Request:
         template = self.config.edit_template if prompt.task == "edit" else self.config.template
-        return _Request(template.replace("{prompt}", text_of(prompt)))
+        return _Request(template.replace("{prompt}", prompt.text))
 
     def _answers(self, requests: Sequence[_Request], judge: Judge) -> list[Answer]:
         """The answers to all requests, from the cache or new."""
@@ -325,21 +323,6 @@ def parse_questions(text: str) -> list[tuple[str, str]]:
 def kind_of(question: str) -> str:
     """count, color, position, text, exists, or question."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, question.lower())), "question")
-
-
-def text_of(prompt: Prompt) -> str:
-    """The text of a prompt."""
-    return " ".join(part for part in prompt.parts if isinstance(part, str)).strip()
-
-
-def images_of(prompt: Prompt) -> list[Image]:
-    """The pictures of a prompt."""
-    return [part for part in prompt.parts if not isinstance(part, str)]
-
-
-def source_image(prompt: Prompt) -> Image:
-    """The source picture of an edit: the last one of its prompt, which must have one."""
-    return images_of(prompt)[-1]
 
 
 def with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:

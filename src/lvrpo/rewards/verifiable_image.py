@@ -16,7 +16,6 @@ from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Judge
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Scores, image_problem, image_problems, score_each
-from lvrpo.rewards.questions import text_of
 from lvrpo.types import Fact, Group, Image, Prompt, Trajectory
 
 # --- ocr ---
@@ -119,7 +118,7 @@ class RapidReader:
 def asked_text(prompt: Prompt) -> str | None:
     """The text that a picture is to show; None where the prompt asks for none."""
     facts = [fact.answer for fact in prompt.facts if fact.kind == "text"]
-    quoted = facts or [next(filter(None, groups)) for groups in _QUOTED.findall(text_of(prompt))]
+    quoted = facts or [next(filter(None, groups)) for groups in _QUOTED.findall(prompt.text)]
     return _plain_text(" ".join(quoted), case=True) or None
 
 

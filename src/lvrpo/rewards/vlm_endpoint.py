@@ -16,7 +16,7 @@ from lvrpo.config import Config
 from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, image_problem, join_judges
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
-from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator, text_of
+from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.rewards.verifiable_text import normalize_answer, text_problem
 from lvrpo.types import Fact, Group, Image, OutputKind, Parts, Prompt, Trajectory
 
@@ -93,11 +93,11 @@ class VLMEndpoint(Config):
 
     def applies(self, prompt: Prompt) -> bool:
         if self._of_text:
-            return prompt.output == ("text",) and bool(text_of(prompt))
+            return prompt.output == ("text",) and bool(prompt.text)
         if "image" not in prompt.output:
             return False
         if self.ask != "questions":
-            return bool(text_of(prompt))
+            return bool(prompt.text)
         return bool(prompt.facts) or (self._generator is not None and self._generator.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
@@ -155,14 +155,13 @@ class VLMEndpoint(Config):
 
     def _requests(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
-        shown = [part for part in prompt.parts if not isinstance(part, str)]
         if self._of_text:
-            words = self._template.replace("{prompt}", text_of(prompt)).replace("{answer}", trajectory.text or "")
-            return [((*shown, words), "")]
+            words = self._template.replace("{prompt}", prompt.text).replace("{answer}", trajectory.text or "")
+            return [((*prompt.images, words), "")]
         assert trajectory.image is not None
         if self.ask == "questions":
             return [(self._question(trajectory.image, fact), fact.answer) for fact in prompt.facts]
-        return [((*shown, trajectory.image, self._template.replace("{prompt}", text_of(prompt))), "")]
+        return [((*prompt.images, trajectory.image, self._template.replace("{prompt}", prompt.text)), "")]
 
 
 # --- what an answer says ---

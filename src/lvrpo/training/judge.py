@@ -14,7 +14,6 @@ from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, require_method
 from lvrpo.rewards.base import Side, judge_fingerprint, override_fingerprint
-from lvrpo.rewards.questions import text_of
 from lvrpo.rewards.row import RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training.data_parallel import score_local
@@ -166,7 +165,7 @@ def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.
 
 def _hard_negatives(pictures: Sequence[Example]) -> list[int]:
     """For each image, the index of the next one with another description, of the same category if there is one."""
-    texts = [text_of(example.prompt) for example in pictures]
+    texts = [example.prompt.text for example in pictures]
     category = [example.prompt.category for example in pictures]
     n, found = len(pictures), []
     for i in range(n):
@@ -210,7 +209,7 @@ def build_judge_rows(
     sides = used_sides(rewards)
     questions = judge_questions(config, prompts) if "read" in sides else []
     pictures = list(examples()) if "draw" in sides else []
-    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({text_of(e.prompt) for e in pictures}) < 2):
+    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({e.prompt.text for e in pictures}) < 2):
         raise InputError(
             f"judge.refresh_every={config.refresh_every}: a reward asks the drawing side of the judge, and only "
             f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
+from lvrpo.pictures import png
 from lvrpo.reading import MIB, read_bytes
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
@@ -365,24 +366,17 @@ def write_samples(
     for group, success in zip(shown, successes, strict=True):
         if group.trajectories[0].image is None:
             continue
-        pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
+        pictures = [Tile(image, "source") for image in group.prompt.images]
         pictures += [
             Tile(t.image, t.text or "", good=None if ok is None else bool(ok))
             for t, ok in zip(group.trajectories, success, strict=True)
         ]
-        rows.append((prompt_text(group), pictures))
+        rows.append((group.prompt.text, pictures))
     folder = f"samples/{run.samples_dir(step).name}"
     if rows:
-        buffer = io.BytesIO()
-        picture_grid(rows).save(buffer, format="PNG")
-        run.write_bytes(f"{folder}/grid.png", buffer.getvalue())
+        run.write_bytes(f"{folder}/grid.png", png(picture_grid(rows)))
     lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, successes, strict=True)]
     run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
-
-
-def prompt_text(group: Group) -> str:
-    """The text of the prompt."""
-    return " ".join(part for part in group.prompt.parts if isinstance(part, str))
 
 
 def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | None]) -> dict[str, Any]:
@@ -399,7 +393,7 @@ def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | Non
         "id": prompt.id,
         "task": prompt.task,
         "category": prompt.category,
-        "prompt": prompt_text(group),
+        "prompt": group.prompt.text,
         "answer": prompt.answer,
         "judge": table.judge,
         "judged_by": dict(table.judged_by),

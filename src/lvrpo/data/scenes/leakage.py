@@ -76,19 +76,18 @@ def operands_key(text: str, reading: Reading | None) -> str:
 
 def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[ComparedPrompt]:
     """Prompts of the world as they are compared; ``phash``: pictures by perceptual hashes too, which is slow."""
-    to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and _images(prompt)]
-    readings = dict(zip(to_read, read([_images(prompts[i])[0] for i in to_read]), strict=True))
+    to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and prompt.images]
+    readings = dict(zip(to_read, read([prompts[i].images[0] for i in to_read]), strict=True))
     known: dict[int, Picture] = {}
     found: list[ComparedPrompt] = []
     for i, prompt in enumerate(prompts):
-        text = " ".join(part for part in prompt.parts if isinstance(part, str))
         content = ""
         if prompt.task == "generate":
-            content = f"drawing {caption_key(text)}"
+            content = f"drawing {caption_key(prompt.text)}"
         elif prompt.task == "reason":
-            content = operands_key(text, readings.get(i))
-        pictures = tuple(_picture(image, known, phash) for image in _images(prompt))
-        found.append(ComparedPrompt(prompt.id, prompt.task, text, pictures, content))
+            content = operands_key(prompt.text, readings.get(i))
+        pictures = tuple(_picture(image, known, phash) for image in prompt.images)
+        found.append(ComparedPrompt(prompt.id, prompt.task, prompt.text, pictures, content))
     return found
 
 
@@ -109,10 +108,6 @@ def _of_rows(rows: Sequence[Example]) -> Iterable[ComparedPrompt]:
         if row.prompt.category == "caption" and row.prompt.task == "understand":
             text = str(row.outputs[0])
             yield ComparedPrompt(row.prompt.id, "generate", text, (), f"drawing {caption_key(text)}")
-
-
-def _images(prompt: Prompt) -> list[Image]:
-    return [part for part in prompt.parts if not isinstance(part, str)]
 
 
 def _picture(image: Image, known: dict[int, Picture], phash: bool) -> Picture:
