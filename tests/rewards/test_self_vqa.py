@@ -9,8 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvrpo.data.scenes import facts as scene_facts
-from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -109,39 +107,13 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
         ({"choices": "{question} {first} {second} {"}, "must hold {question}, {first} and {second} only"),
         ({"both": ["yes", "yes"]}, "must be two different answers"),
         ({"split": {}}, "options.split={}: is called questions now"),
+        ({"paraphrases": 3}, "options.paraphrases=3: was removed: leave it out"),
+        ({"bound": 1.0}, "options.bound=1.0: was removed: leave it out"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_rewards([RewardConfig(name="self_vqa", options=options)])
-
-
-def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
-    """Three wordings at .9, .6 and .3: mean .6, deviation sqrt(.06)."""
-    fact = Fact("digit", "what digit is there ?", "7", {"type": "count", "shape": "7", "count": 1})
-    relation = scene_facts.relation(Mention("circle"), Mention("star"), "left")
-    prompt = Prompt("p", "generate", ("x",), ("image",), facts=(relation,))
-    image = torch.full((3, 8, 8), 0.5)
-    sure = {
-        (0.5, "is the circle left of the star ?", "yes"): 0.9,
-        (0.5, "is the star right of the circle ?", "yes"): 0.6,
-        (0.5, "where is the circle relative to the star ?", "left"): 0.3,
-    }
-    asked = judge(sure)
-    score = SelfVQA(paraphrases=3).score([group(prompt, [[image]])], asked).values
-    assert float(score) == pytest.approx(0.6)
-    assert len(asked.asked) == 3
-    bounded = SelfVQA(paraphrases=3, bound=2).score([group(prompt, [[image]])], judge(sure)).values
-    assert float(bounded) == pytest.approx(0.6 - 2 * 0.06**0.5)
-    digit = Prompt("d", "generate", ("x",), ("image",), facts=(fact,))
-    table = {(0.5, "what digit is there ?", "7"): 0.5, (0.5, "is there a 7 ?", "yes"): 0.7}
-    assert float(SelfVQA(paraphrases=9).score([group(digit, [[image]])], judge(table)).values) == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize("wrong", [{"paraphrases": 0}, {"bound": 1.0}, {"paraphrases": 2, "bound": -1.0}])
-def test_paraphrases_that_make_no_sense_are_one_line(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="self_vqa"):
-        build_rewards([RewardConfig(name="self_vqa", options=wrong)])
 
 
 BITS = 5

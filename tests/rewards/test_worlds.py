@@ -37,9 +37,6 @@ class Levels:
     def unchanged_questions(self, instruction):
         return (Fact("unchanged", "is it square", "yes"),)
 
-    def paraphrases(self, facts):
-        return [((fact.question, fact.answer), ("is it dark", "no")) for fact in facts]
-
     def unreadable(self, image):
         return "a tall picture" if image.shape[1] > image.shape[2] else None
 
@@ -102,12 +99,11 @@ def test_worlds_are_checked_each_by_its_own() -> None:
     assert successes([*drawn(), scene, *drawn()]) == [[0, 1], [1, 0], [0, 1]]
 
 
-def test_its_grammar_splits_and_rewords() -> None:
+def test_its_grammar_splits() -> None:
     free = drawn(replace(DRAW, facts=()))
     split: dict[str, Any] = {"questions": {"by": "grammar"}}
-    judge: Any = Judge(is_it_light=0.8, is_it_dark=0.6)
+    judge: Any = Judge(is_it_light=0.8)
     assert SelfVQA(**split).score(free, judge).values.tolist() == [[pytest.approx(0.8)] * 2]
-    assert SelfVQA(paraphrases=2, **split).score(free, judge).values.tolist() == [[pytest.approx(0.7)] * 2]
     other = SelfVQA(**split).score(drawn(replace(DRAW, facts=(), parts=("make it red",))), judge)
     assert set(other.failures.values()) == {"the grammar does not know its words"}
 

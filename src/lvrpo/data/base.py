@@ -72,18 +72,15 @@ class ComparableTask(Task):
 
 WORLDS: Mapping[str, str] = {"scenes": "lvrpo.data.scenes.verifier:SceneWorld"}
 """Name -> class, called without arguments; a prompt names its own in ``Prompt.world``."""
-WORLD_METHODS = ("questions", "unchanged_questions", "paraphrases", "unreadable", "holds")
+WORLD_METHODS = ("questions", "unchanged_questions", "unreadable", "holds")
 """Methods that the class of a world must have."""
-
-QuestionAnswer = tuple[str, str]
-"""A question and its right answer."""
 
 
 class World(Protocol):
     """Derives facts and questions from texts, and checks facts against pictures.
 
-    A world without a grammar returns no questions, and each fact's own question alone; one without a verifier gives
-    its facts no ``check``, and is not called.
+    A world without a grammar returns no questions; one without a verifier gives its facts no ``check``, and is not
+    called.
     """
 
     def questions(self, text: str) -> tuple[Fact, ...]:
@@ -92,10 +89,6 @@ class World(Protocol):
 
     def unchanged_questions(self, instruction: str) -> tuple[Fact, ...]:
         """Questions of kind "unchanged" about what an edit may keep; the judge drops those false of the source."""
-        ...
-
-    def paraphrases(self, facts: Sequence[Fact]) -> Sequence[Sequence[QuestionAnswer]]:
-        """For each fact of one picture: its own question first, then other wordings of it."""
         ...
 
     def unreadable(self, image: Image) -> str | None:

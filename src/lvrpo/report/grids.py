@@ -44,7 +44,9 @@ def picture_grid(
     for title, tiles in rows:
         title_lines = _wrapped(title, font, width - 2 * MARGIN, 3)
         captions = [_wrapped(_marked(tile), font, cell, caption_lines) for tile in tiles]
-        height = line * (len(title_lines) + max((len(c) for c in captions), default=0)) + (cell if tiles else 0) + GAP * 2
+        height = (
+            line * (len(title_lines) + max((len(c) for c in captions), default=0)) + (cell if tiles else 0) + GAP * 2
+        )
         layout.append((title_lines, captions, height))
     total = max(1, sum(height for *_, height in layout)) + 2 * MARGIN - (GAP if rows else 0)
     canvas = Image.new("RGB", (width, total), BACKGROUND)

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Scores, logprob_problem
+from lvrpo.rewards.base import Cell, Failures, Scores, logprob_problem
 from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
 from lvrpo.types import Group, Prompt
 
@@ -65,8 +64,8 @@ class Agreement(Config):
         tallies = judged_votes(groups, texts, judge)
         majorities = [self._majority(tally) for tally in tallies]
         collapsed = self._collapsed(groups, answers, majorities)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
+        values: dict[Cell, float] = {}
+        failures: Failures = {}
         for p, (group, row, majority) in enumerate(zip(groups, answers, majorities, strict=True)):
             for g, answer in enumerate(row):
                 if not answer:
@@ -79,7 +78,7 @@ class Agreement(Config):
                     failures[p, g] = collapsed[group.prompt.category]
                 else:
                     values[p, g] = float(answer == majority)
-        return Scores(values, failures)
+        return Scores.of(groups, values, failures)
 
     def _majority(self, tally: Tally) -> str | None:
         first = max(tally, key=tally.__getitem__, default=None)

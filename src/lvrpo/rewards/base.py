@@ -21,6 +21,10 @@ from lvrpo.policies.base import Judge
 from lvrpo.sampling import derive_seed
 from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
 
+Cell = tuple[int, int]
+"""(group, member)."""
+Failures = dict[Cell, str]
+"""Why outputs have no score."""
 Side = Literal["read", "draw"]
 """read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -34,11 +38,19 @@ class Scores:
 
     values: torch.Tensor
     """float32 (P, G)."""
-    failures: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    failures: Mapping[Cell, str] = field(default_factory=dict)
     """Reasons of missing scores, by (group, member); the value there is never used."""
     noise: torch.Tensor | None = None
     """float32 (P, G): variance of a score due to the random draws of its estimate, without what all group members
     share; nan where it was not estimated. None: the reward is deterministic."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], found: Mapping[Cell, float | torch.Tensor], failures: Failures) -> Scores:
+        """The scores ``found``; all others are missing."""
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        for cell, value in found.items():
+            values[cell] = value
+        return cls(values, failures)
 
 
 class Reward(Protocol):
@@ -102,6 +114,20 @@ def image_problems(trajectories: Sequence[Trajectory], judge: object = None) -> 
         else:
             problems.append(None if finite else "the picture holds values that are no numbers")
     return problems
+
+
+def scorable_images(groups: Sequence[Group], judge: object = None) -> tuple[dict[Cell, Image], Failures]:
+    """The last picture of every trajectory that has no ``image_problem``, and the problems of the others."""
+    found: dict[Cell, Image] = {}
+    failures: Failures = {}
+    for p, group in enumerate(groups):
+        problems = image_problems(group.trajectories, judge)
+        for g, (trajectory, problem) in enumerate(zip(group.trajectories, problems, strict=True)):
+            if problem is None and trajectory.image is not None:
+                found[p, g] = trajectory.image
+            else:
+                failures[p, g] = str(problem)
+    return found, failures
 
 
 def logprob_problem(value: float) -> str | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge, Sampling
-from lvrpo.rewards.base import Scores, image_problem
+from lvrpo.rewards.base import Cell, Scores, scorable_images
 from lvrpo.rewards.verifiable_text import TRUNCATED, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
@@ -45,34 +43,26 @@ class CaptionBack(Config):
         return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(prompt.text))
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
-        asked: list[Prompt] = []
-        seeds: list[int] = []
-        cells: list[tuple[int, int]] = []
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                image, problem = trajectory.image, image_problem(trajectory, judge)
-                if image is None or problem:
-                    failures[p, g] = str(problem)
-                    continue
-                key = f"{group.prompt.id}/described/{g}"
-                asked.append(Prompt(key, "understand", (image, self.instruction), ("text",)))
-                seeds.append(derive_seed(trajectory.seed, "caption back"))
-                cells.append((p, g))
+        pictures, failures = scorable_images(groups, judge)
+        found: dict[Cell, float] = {}
+        asked = [
+            Prompt(f"{groups[p].prompt.id}/described/{g}", "understand", (image, self.instruction), ("text",))
+            for (p, g), image in pictures.items()
+        ]
+        seeds = [derive_seed(groups[p].trajectories[g].seed, "caption back") for p, g in pictures]
         temperature = 0.0 if self.samples == 1 else 1.0
         sampling = Sampling(self.samples, temperature, self.max_new_tokens)
-        for (p, g), described in zip(cells, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
+        for (p, g), described in zip(pictures, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
             wanted = self._words(groups[p].prompt.text)
             problems = [text_problem(t) for t in described.trajectories]
-            found = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
-            if found:
-                values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
+            said = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
+            if said:
+                found[p, g] = sum(word_f1(words, wanted) for words in said) / len(said)
             elif TRUNCATED in problems:
                 failures[p, g] = f"the judge's description was cut off at {self.max_new_tokens} tokens"
             else:
                 failures[p, g] = "the judge described nothing"
-        return Scores(values, failures)
+        return Scores.of(groups, found, failures)
 
     def _words(self, text: str | None) -> Counter[str]:
         return Counter(word for word in re.findall(r"\w+", (text or "").lower()) if word not in self.ignore)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Scores, Side, image_problem
+from lvrpo.rewards.base import Cell, Failures, Scores, Side, scorable_images
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import (
     MIN_CONFIDENCE,
@@ -23,7 +23,7 @@ from lvrpo.rewards.questions import (
     keep_confirmed,
     with_facts,
 )
-from lvrpo.rewards.self_vqa import Choices, Confidences, Failures, SelfVQA
+from lvrpo.rewards.self_vqa import Choices, Confidences, SelfVQA
 from lvrpo.types import Fact, Group, Image, Prompt
 
 GUESSED_SHARE = 0.25
@@ -99,28 +99,22 @@ class EditConsistency(Config):
         return prompt.task == "edit" and bool(prompt.images)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: Failures = {}
         self._say_what_is_guessed(groups)
-        for p, group in enumerate(groups):
-            source, region = group.prompt.images[-1], group.prompt.edited
-            for g, trajectory in enumerate(group.trajectories):
-                image = trajectory.image
-                problem = image_problem(trajectory)
-                if image is None or problem:
-                    failures[p, g] = str(problem)
-                elif image.shape != source.shape:
-                    failures[p, g] = f"a picture of {tuple(image.shape)} for a source of {tuple(source.shape)}"
-                elif region is not None and region.shape != source.shape[1:]:
-                    failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
-                else:
-                    values[p, g] = self.pixel_score(source, image, region)
+        pictures, failures = scorable_images(groups)
+        scores: dict[Cell, float] = {}
+        for (p, g), image in pictures.items():
+            source, region = groups[p].prompt.images[-1], groups[p].prompt.edited
+            if image.shape != source.shape:
+                failures[p, g] = f"a picture of {tuple(image.shape)} for a source of {tuple(source.shape)}"
+            elif region is not None and region.shape != source.shape[1:]:
+                failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
+            else:
+                scores[p, g] = self.pixel_score(source, image, region)
         if self._vqa is not None:
             found, missing = self._ask(self._vqa, groups, judge)
-            for cell, confidence in found.items():
-                values[cell] *= confidence
+            scores = {cell: score * found.get(cell, 1.0) for cell, score in scores.items()}
             failures = missing | failures
-        return Scores(values, failures)
+        return Scores.of(groups, scores, failures)
 
     @property
     def _guessed_share(self) -> float:
@@ -152,9 +146,7 @@ class EditConsistency(Config):
         has = share > 0
         return (summed[has] / share[has]).sqrt(), share[has]
 
-    def _ask(
-        self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge
-    ) -> tuple[dict[tuple[int, int], float], Failures]:
+    def _ask(self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge) -> tuple[dict[Cell, float], Failures]:
         """The product of the two means of confidences where something is asked, and why it has no answer."""
 
         def confirm(pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:

@@ -19,7 +19,15 @@ from lvrpo.data.rows import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import full_match
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Scores, Side, image_problem, join_judges, logprob_problem, probabilities
+from lvrpo.rewards.base import (
+    Failures,
+    Scores,
+    Side,
+    join_judges,
+    logprob_problem,
+    probabilities,
+    scorable_images,
+)
 from lvrpo.rewards.external import (
     OWN,
     Embedded,
@@ -30,7 +38,7 @@ from lvrpo.rewards.external import (
     folder_fingerprint,
 )
 from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
-from lvrpo.rewards.self_vqa import Choices, Failures, Reader, SelfVQA
+from lvrpo.rewards.self_vqa import Choices, Reader, SelfVQA
 from lvrpo.rewards.verifiable_image import fact_table, unverifiable
 from lvrpo.rewards.verifiable_text import FORMS, CutOff, score_texts, text_problem
 from lvrpo.types import Fact, Group, Parts, Prompt
@@ -97,28 +105,17 @@ class Semantic(Config):
         return False
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
-        cells = []
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                problem = image_problem(trajectory, judge if self.source == OWN else None)
-                if problem:
-                    failures[p, g] = problem
-                else:
-                    cells.append((p, g, trajectory.image))
-        if not cells:
-            return Scores(values, failures)
+        pictures, failures = scorable_images(groups, judge if self.source == OWN else None)
+        if not pictures:
+            return Scores.of(groups, {}, failures)
         texts = [self._text(group.prompt) for group in groups]
-        pictures = [image for _, _, image in cells if image is not None]
         if self._tower is None:
-            states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures], judge)]
+            states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures.values()], judge)]
             of_text, of_picture = states[: len(texts)], states[len(texts) :]
         else:
-            of_text, of_picture = self._tower.texts(texts), self._tower.images(pictures)
-        for (p, g, _), picture in zip(cells, of_picture, strict=True):
-            values[p, g] = self.similarity(of_text[p], picture)
-        return Scores(values, failures)
+            of_text, of_picture = self._tower.texts(texts), self._tower.images(list(pictures.values()))
+        of_cell = zip(pictures, of_picture, strict=True)
+        return Scores.of(groups, {(p, g): self.similarity(of_text[p], each) for (p, g), each in of_cell}, failures)
 
     def similarity(self, text: Embedded, picture: Embedded) -> float:
         """The score of one picture."""
@@ -141,7 +138,41 @@ class Semantic(Config):
 # --- instruction ---
 
 
-class Instruction(Config):
+class _Asks(Config):
+    """A term that asks a reader the questions of ``SelfVQA``."""
+
+    judges: ClassVar = ("image",)
+    hints: ClassVar = RENAMED_OPTIONS
+
+    source: ReaderSource = OWN
+    """The reader: "own", the policy's frozen reading side; or a local folder of a vision-language model of
+    ``transformers``, as in the paper (``pip install 'lvrpo[external]'``)."""
+    choices: Choices | None = None
+    """See ``choices`` of ``self_vqa``."""
+    questions: QuestionConfig | None = None
+    """See ``questions`` of ``self_vqa``."""
+    device: str = "auto"
+    """Device of the ``source`` model."""
+    _vqa: SelfVQA = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._vqa = SelfVQA(choices=self.choices, questions=self.questions)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return join_judges("" if self.source == OWN else folder_fingerprint(Path(self.source)), self._vqa)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        """None: the judge reads. Loaded when it is first asked."""
+        return None if self.source == OWN else ExternalVLM(self.source, self.device)
+
+
+class Instruction(_Asks):
     """Binary satisfaction of constraints (LVRPO, arXiv:2603.27693, the term r_ins). Range {0, 1}.
 
     The constraints of a drawing are the prompt's facts. Those of a text are rules: ``rules`` for every text, and those
@@ -150,9 +181,6 @@ class Instruction(Config):
     Differs from the paper: no rule of the paper's is known to us beyond its kinds.
     """
 
-    judges: ClassVar = ("image",)
-    hints: ClassVar = RENAMED_OPTIONS
-
     by: Literal["vqa", "verifier"] = "vqa"
     """vqa: each fact is asked of the reader, and kept where the confidence in the right answer is above ``above``;
     verifier: checked exactly, for pictures of a world that has a verifier."""
@@ -160,19 +188,10 @@ class Instruction(Config):
     """Only facts of these kinds, such as [count, total, color]; None: all."""
     above: float = Field(default=0.5, ge=0, lt=1)
     """vqa: a fact holds where the confidence in its answer exceeds this."""
-    source: ReaderSource = OWN
-    """The reader: a local folder of a vision-language model of ``transformers``, or "own"."""
-    choices: Choices | None = None
-    """See ``choices`` of ``self_vqa``."""
-    questions: QuestionConfig | None = None
-    """See ``questions`` of ``self_vqa``."""
     rules: dict[str, Any] | None = None
     """Rules for every text (``lvrpo.data.rows.TextRules``): length, form, words that must occur or must not."""
     cut_off: CutOff = "mask"
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
-    device: str = "auto"
-    """Device of the ``source`` model."""
-    _vqa: SelfVQA = PrivateAttr()
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -189,16 +208,7 @@ class Instruction(Config):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        return ("read",) if self.by == "vqa" and self.source == OWN else ()
-
-    @cached_property
-    def judged_by(self) -> str:
-        return join_judges("" if self.source == OWN else folder_fingerprint(Path(self.source)), self._vqa)
-
-    @cached_property
-    def _reader(self) -> Reader | None:
-        """None: the judge reads. Loaded when it is first asked."""
-        return None if self.source == OWN else ExternalVLM(self.source, self.device)
+        return super().sides if self.by == "vqa" else ()
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
@@ -291,7 +301,7 @@ def _occurs(phrase: str, text: str) -> bool:
 # --- knowledge ---
 
 
-class Knowledge(Config):
+class Knowledge(_Asks):
     """Answers of a model of visual questions (LVRPO, arXiv:2603.27693, the term r_kn). Range [0, 1].
 
     Of a drawing: its mean confidence in the right answers to the prompt's questions, as ``self_vqa`` has it. Of a text
@@ -300,36 +310,6 @@ class Knowledge(Config):
     With the own source, the confidence in texts rewards what the policy says anyway: where answers are known,
     ``exact_answer`` is the better teacher. A text that is empty or was cut off is masked.
     """
-
-    judges: ClassVar = ("image",)
-    hints: ClassVar = RENAMED_OPTIONS
-
-    source: ReaderSource = OWN
-    """The reader: "own", the policy's frozen reading side; or a local folder of a vision-language model of
-    ``transformers``, as in the paper (``pip install 'lvrpo[external]'``)."""
-    choices: Choices | None = None
-    """See ``choices`` of ``self_vqa``."""
-    questions: QuestionConfig | None = None
-    """See ``questions`` of ``self_vqa``."""
-    device: str = "auto"
-    """Device of the ``source`` model."""
-    _vqa: SelfVQA = PrivateAttr()
-
-    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
-        self._vqa = SelfVQA(choices=self.choices, questions=self.questions)
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        return ("read",) if self.source == OWN else ()
-
-    @cached_property
-    def judged_by(self) -> str:
-        return join_judges("" if self.source == OWN else folder_fingerprint(Path(self.source)), self._vqa)
-
-    @cached_property
-    def _reader(self) -> Reader | None:
-        """None: the judge reads. Loaded when it is first asked."""
-        return None if self.source == OWN else ExternalVLM(self.source, self.device)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:

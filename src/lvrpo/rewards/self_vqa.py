@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, ClassVar, Protocol, Self
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
-from lvrpo.config import Config, NonNegative
-from lvrpo.data.base import world_of
+from lvrpo.config import Config
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Scores, first_problem, image_problems, join_judges, probabilities
+from lvrpo.rewards.base import Cell, Failures, Scores, first_problem, join_judges, probabilities, scorable_images
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -21,10 +19,7 @@ from lvrpo.types import Fact, Group, Image, Parts, Prompt
 BOTH_ORDERS = "{question} Answer {first} or {second}."
 """Template for yes-no questions that a model wrote, if ``choices`` is None."""
 
-Confidences = dict[tuple[int, int], torch.Tensor]
-Failures = dict[tuple[int, int], str]
-Wordings = Sequence[tuple[str, str, tuple[str, ...]]]
-"""Wordings of one fact's question, each with its expected answer and the answers to choose from."""
+Confidences = dict[Cell, torch.Tensor]
 
 
 class Reader(Protocol):
@@ -63,7 +58,7 @@ class SelfVQA(Config):
 
     judges: ClassVar = ("image",)
     sides: ClassVar = ("read",)
-    hints: ClassVar = RENAMED_OPTIONS
+    hints: ClassVar = RENAMED_OPTIONS | dict.fromkeys(("paraphrases", "bound"), "was removed: leave it out")
 
     choices: Choices | None = None
     """Offers both answers to a yes-no question, in both orders: a template such as "{question} Answer {first} or
@@ -79,16 +74,9 @@ class SelfVQA(Config):
     that the result has to agree with the source. A prompt for which none could be written is masked with the reason."""
     kinds: tuple[str, ...] | None = None
     """Kinds of facts that are asked; None: all."""
-    paraphrases: int = Field(default=1, ge=1, le=100_000)
-    """Wordings of each fact's question that are asked, where the prompt's world has them; a fact scores their
-    mean."""
-    bound: NonNegative = 0.0
-    """Standard deviations of the wordings that are subtracted from their mean."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.bound and self.paraphrases == 1:
-            raise ValueError(f"bound={self.bound}: one wording has no spread: set paraphrases to 2 or more")
         if self.both[0] == self.both[1]:
             raise ValueError(f"both={list(self.both)}: must be two different answers, such as [yes, no]")
         return self
@@ -108,10 +96,7 @@ class SelfVQA(Config):
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         confidences, failures = self.confidences(groups, judge, judge)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        for cell, found in confidences.items():
-            values[cell] = found.mean()
-        return Scores(values, failures)
+        return Scores.of(groups, {cell: found.mean() for cell, found in confidences.items()}, failures)
 
     def confidences(self, groups: Sequence[Group], judge: Judge, reader: Reader) -> tuple[Confidences, Failures]:
         """The reader's confidence in each right answer, by (group, member), and why some have none.
@@ -121,19 +106,16 @@ class SelfVQA(Config):
         missing: dict[int, str] = {}
         if self.generator is not None:
             groups, missing = self.generator.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
-        failures: Failures = {}
-        asked: list[tuple[Image, Wordings]] = []
-        facts_of: dict[tuple[int, int], slice] = {}
-        for p, group in enumerate(groups):
-            facts = self._questions(group.prompt)
-            broken = image_problems(group.trajectories, reader)
-            for g, (trajectory, problem) in enumerate(zip(group.trajectories, broken, strict=True)):
-                image = trajectory.image
-                if image is None or problem or not facts:
-                    failures[p, g] = problem or missing.get(p, NO_QUESTION)
-                    continue
-                facts_of[p, g] = slice(len(asked), len(asked) + len(facts))
-                asked += [(image, wordings) for wordings in facts]
+        pictures, failures = scorable_images(groups, reader)
+        asked: list[tuple[Image, Fact]] = []
+        facts_of: dict[Cell, slice] = {}
+        for (p, g), image in pictures.items():
+            facts = self.known(groups[p].prompt)
+            if not facts:
+                failures[p, g] = missing.get(p, NO_QUESTION)
+                continue
+            facts_of[p, g] = slice(len(asked), len(asked) + len(facts))
+            asked += [(image, fact) for fact in facts]
         confidence, problems = self._ask(asked, reader)
         found: Confidences = {}
         for cell, rows in facts_of.items():
@@ -146,70 +128,45 @@ class SelfVQA(Config):
 
     def confirm(self, pairs: Sequence[tuple[Image, Fact]], reader: Reader) -> list[float | NoAnswer]:
         """The reader's confidence in each fact of the picture beside it, asked as facts of results are."""
-        confidence, problems = self._ask([(image, (_wording(fact),)) for image, fact in pairs], reader)
+        confidence, problems = self._ask(pairs, reader)
         return [NoAnswer(bad) if bad else sure for sure, bad in zip(confidence.tolist(), problems, strict=True)]
 
-    def _ask(self, asked: Sequence[tuple[Image, Wordings]], reader: Reader) -> tuple[torch.Tensor, list[str | None]]:
+    def _ask(self, asked: Sequence[tuple[Image, Fact]], reader: Reader) -> tuple[torch.Tensor, list[str | None]]:
         """(N,) confidence in each fact of a picture, and why one has none; all in one call of the reader."""
+        if not asked:
+            return torch.zeros(0), []
         contexts: list[Parts] = []
         answers: list[str] = []
         counts: list[int] = []  # rows of each question: 1, those of its choices, or 2 for each of both orders
         shapes: list[int] = []  # and how many of them are one choice
-        rows_of: list[slice] = []  # of each fact
-        for image, wordings in asked:
-            start = len(contexts)
-            for question, answer, choices in wordings:
-                rows, per_choice = self._requests(image, question, answer, choices)
-                counts.append(len(rows))
-                shapes.append(per_choice)
-                contexts += [context for context, _ in rows]
-                answers += [answer for _, answer in rows]
-            rows_of.append(slice(start, len(contexts)))
-        if not asked:
-            return torch.zeros(0), []
-        logprobs = require_method(reader, "text_logprob").text_logprob(contexts, answers)
-        confidence, said = probabilities(logprobs).cpu(), logprobs.tolist()
-        by_fact = torch.stack([_confidence(*each) for each in zip(confidence.split(counts), shapes, strict=True)])
-        if self.paraphrases > 1:
-            parts = by_fact.split([len(wordings) for _, wordings in asked])
-            by_fact = torch.stack([part.mean() - self.bound * part.std(correction=0) for part in parts])
-        return by_fact, [first_problem(said[rows]) for rows in rows_of]
+        for image, fact in asked:
+            rows, per_choice = self._requests(image, fact)
+            counts.append(len(rows))
+            shapes.append(per_choice)
+            contexts += [context for context, _ in rows]
+            answers += [answer for _, answer in rows]
+        logprobs = require_method(reader, "text_logprob").text_logprob(contexts, answers).cpu()
+        confidence = probabilities(logprobs).split(counts)
+        by_fact = torch.stack([_confidence(*each) for each in zip(confidence, shapes, strict=True)])
+        return by_fact, [first_problem(rows.tolist()) for rows in logprobs.split(counts)]
 
     def known(self, prompt: Prompt) -> list[Fact]:
         """The facts of ``kinds``, in order."""
         return [fact for fact in prompt.facts if self.kinds is None or fact.kind in self.kinds]
 
-    def _questions(self, prompt: Prompt) -> list[Wordings]:
-        """The wordings of each fact, with the answer that each must have."""
-        if self.paraphrases == 1:
-            return [(_wording(fact),) for fact in self.known(prompt)]
-        kept = self.known(prompt)
-        every = zip(prompt.facts, world_of(prompt.world).paraphrases(prompt.facts), strict=True)
-        return [
-            [(question, answer, fact.choices) for question, answer in wordings[: self.paraphrases]]
-            for fact, wordings in every
-            if fact in kept
-        ]
-
-    def _requests(
-        self, image: Image, question: str, answer: str, among: tuple[str, ...]
-    ) -> tuple[list[tuple[Parts, str]], int]:
+    def _requests(self, image: Image, fact: Fact) -> tuple[list[tuple[Parts, str]], int]:
         """The rows of a question, and how many of them compete: one alone; the right choice, then the others; or right
         and wrong answer in one order, then in the other."""
-        choices = self.choices
+        choices, answer = self.choices, fact.answer
         if choices is None and self.questions is not None and self.questions.by != "grammar":
             choices = BOTH_ORDERS
         if choices is None or answer not in self.both:
-            others = [choice for choice in among if choice != answer]
-            return [((image, question), each) for each in (answer, *others)], 1 + len(others)
+            others = [choice for choice in fact.choices if choice != answer]
+            return [((image, fact.question), each) for each in (answer, *others)], 1 + len(others)
         wrong = self.both[1 - self.both.index(answer)]
         orders = (self.both, self.both[::-1])
-        asked = [choices.format(question=question, first=one, second=two) for one, two in orders]
+        asked = [choices.format(question=fact.question, first=one, second=two) for one, two in orders]
         return [((image, words), each) for words in asked for each in (answer, wrong)], 2
-
-
-def _wording(fact: Fact) -> tuple[str, str, tuple[str, ...]]:
-    return fact.question, fact.answer, fact.choices
 
 
 def _confidence(rows: torch.Tensor, competing: int) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Scores, image_problem, join_judges
+from lvrpo.rewards.base import Cell, Failures, Scores, image_problem, join_judges
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.rewards.verifiable_text import normalize_answer, text_problem
@@ -104,32 +102,18 @@ class VLMEndpoint(Config):
         missing: dict[int, str] = {}
         if self._generator is not None:
             groups, missing = self._generator.with_questions(groups, judge, self._confirm)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
-        rows: list[Parts] = []
-        right: list[str] = []
-        cells: list[tuple[int, int]] = []
+        failures: Failures = {}
+        asked: list[tuple[Cell, Parts, str]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
                 problem = missing.get(p) or self._problem(trajectory)
                 if problem:
                     failures[p, g] = problem
-                    continue
-                asked = self._requests(trajectory)
-                rows += [row for row, _ in asked]
-                right += [answer for _, answer in asked]
-                cells += [(p, g)] * len(asked)
-        found: dict[tuple[int, int], list[float]] = {}
-        for cell, answer, wanted in zip(cells, self._client.ask(rows), right, strict=True):
-            value = answer if isinstance(answer, NoAnswer) else self.read(answer, wanted)
-            if isinstance(value, NoAnswer):
-                failures.setdefault(cell, value.reason)
-            else:
-                found.setdefault(cell, []).append(value)
-        for cell, terms in found.items():
-            if cell not in failures:
-                values[cell] = sum(terms) / len(terms)
-        return Scores(values, failures)
+                else:
+                    asked += [((p, g), *request) for request in self._requests(trajectory)]
+        found, unanswered = ask_cells(self._client, asked, self.read)
+        means = {cell: sum(terms) / len(terms) for cell, terms in found.items()}
+        return Scores.of(groups, means, failures | unanswered)
 
     def read(self, answer: str, wanted: str = "") -> float | NoAnswer:
         """The number that an answer stands for; ``wanted``: the right one of a question."""
@@ -137,7 +121,7 @@ class VLMEndpoint(Config):
             return rating(answer)
         if self.ask == "yes_no":
             return yes_or_no(answer, "yes")
-        return (yes_or_no if normalize_answer(wanted) in ("yes", "no") else same_answer)(answer, wanted)
+        return read_answer(answer, wanted)
 
     def _confirm(self, pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:
         """1 where its answer about a picture is that of the fact, 0 where it is another."""
@@ -164,6 +148,23 @@ class VLMEndpoint(Config):
         return [((*prompt.images, trajectory.image, self._template.replace("{prompt}", prompt.text)), "")]
 
 
+def ask_cells(
+    client: ChatEndpoint, asked: Sequence[tuple[Cell, Parts, str]], read: Callable[[str, str], float | NoAnswer]
+) -> tuple[dict[Cell, list[float]], Failures]:
+    """The numbers that ``read`` makes of the answers about each output, given the request and the right answer of each;
+    an output with a question that has no answer has the reason instead."""
+    found: dict[Cell, list[float]] = {}
+    failures: Failures = {}
+    answers = client.ask([parts for _, parts, _ in asked])
+    for (cell, _, wanted), answer in zip(asked, answers, strict=True):
+        value = answer if isinstance(answer, NoAnswer) else read(answer, wanted)
+        if isinstance(value, NoAnswer):
+            failures.setdefault(cell, value.reason)
+        else:
+            found.setdefault(cell, []).append(value)
+    return {cell: terms for cell, terms in found.items() if cell not in failures}, failures
+
+
 # --- what an answer says ---
 
 
@@ -188,6 +189,11 @@ _COLOR = re.compile(
 _PLACE = re.compile("above|behind|below|front|left|middle|right")
 _SAME = {"grey": "gray", "over": "above", "top": "above", "center": "middle", "centre": "middle"}
 _SAME |= dict.fromkeys(("beneath", "bottom", "under", "underneath"), "below")
+
+
+def read_answer(answer: str, wanted: str) -> float | NoAnswer:
+    """1 where an answer is the wanted one, and 0 where it is another: ``yes_or_no``, or ``same_answer``."""
+    return (yes_or_no if normalize_answer(wanted) in ("yes", "no") else same_answer)(answer, wanted)
 
 
 def yes_or_no(answer: str, wanted: str) -> float | NoAnswer:

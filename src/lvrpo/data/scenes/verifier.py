@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvrpo.data.base import QuestionAnswer
-from lvrpo.data.scenes.facts import paraphrases, questions_of_text, unchanged_questions_of_text
+from lvrpo.data.scenes.facts import questions_of_text, unchanged_questions_of_text
 from lvrpo.data.scenes.grammar import place
 from lvrpo.data.scenes.objects import (
     CELL,
@@ -286,9 +285,6 @@ class SceneWorld:
 
     def unchanged_questions(self, instruction: str) -> tuple[Fact, ...]:
         return unchanged_questions_of_text(instruction)
-
-    def paraphrases(self, facts: Sequence[Fact]) -> list[tuple[QuestionAnswer, ...]]:
-        return paraphrases(facts)
 
     def unreadable(self, image: Image) -> str | None:
         height, width = image.shape[1:]

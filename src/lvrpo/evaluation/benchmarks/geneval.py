@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
-
-import torch
 
 from lvrpo.atomic_io import write_atomic
 from lvrpo.data.geneval import (
@@ -27,7 +24,7 @@ from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenc
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, Policy, check_text
-from lvrpo.rewards.base import Scores, image_problem, score_each
+from lvrpo.rewards.base import Cell, Scores, image_problem, score_each
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
 from lvrpo.types import Group, Image, Prompt, Trajectory
 
@@ -111,13 +108,13 @@ class ConfirmedFacts:
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         found, failures = self.vqa.confidences(groups, judge, judge)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
+        values: dict[Cell, float] = {}
         for cell, confidences in found.items():
             if confidences.isnan().any():
                 failures[cell] = "the judge gave no probability to any answer"
             else:
                 values[cell] = float((confidences > CONFIRMED).all())
-        return Scores(values, failures)
+        return Scores.of(groups, values, failures)
 
 
 def official_rows(path: Path) -> list[GenEvalRow]:

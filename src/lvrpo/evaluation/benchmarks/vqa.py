@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from lvrpo.config import parse_section, read_yaml
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.ocr import readable
@@ -27,12 +25,11 @@ from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
 from lvrpo.reading import Record, parse_typed_json, read_text
 from lvrpo.records import MeanOver
-from lvrpo.rewards.base import Scores, image_problem
-from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
+from lvrpo.rewards.base import Cell, Failures, Scores, scorable_images
+from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig
 from lvrpo.rewards.external import ExternalVLM
-from lvrpo.rewards.self_vqa import BOTH_ORDERS, Confidences, Failures, SelfVQA
-from lvrpo.rewards.verifiable_text import normalize_answer
-from lvrpo.rewards.vlm_endpoint import same_answer, yes_or_no
+from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
+from lvrpo.rewards.vlm_endpoint import ask_cells, read_answer
 from lvrpo.types import Fact, Group, Prompt
 
 Combine = Callable[[Prompt, Sequence[float]], float]
@@ -82,39 +79,22 @@ class QuestionScorer:
         if self._judge.endpoint is not None:
             found, failures = self._ask_endpoint(groups, self._judge.endpoint)
         else:
-            found, failures = self._vqa.confidences(groups, judge, self._judge.reader or judge)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        for (p, g), answers in found.items():
-            values[p, g] = self.combine(groups[p].prompt, answers.tolist())
-        return Scores(values, failures)
+            confidences, failures = self._vqa.confidences(groups, judge, self._judge.reader or judge)
+            found = {cell: each.tolist() for cell, each in confidences.items()}
+        combined = {(p, g): self.combine(groups[p].prompt, answers) for (p, g), answers in found.items()}
+        return Scores.of(groups, combined, failures)
 
-    def _ask_endpoint(self, groups: Sequence[Group], endpoint: ChatEndpoint) -> tuple[Confidences, Failures]:
-        failures: Failures = {}
-        cells: list[tuple[tuple[int, int], Fact]] = []
-        rows = []
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                problem = image_problem(trajectory)
-                if problem or trajectory.image is None:
-                    failures[p, g] = str(problem)
-                    continue
-                cells += [((p, g), fact) for fact in group.prompt.facts]
-                rows += [(trajectory.image, ONE_WORD.format(question=fact.question)) for fact in group.prompt.facts]
-        answers: dict[tuple[int, int], list[float]] = {}
-        for (cell, fact), said in zip(cells, endpoint.ask(rows), strict=True):
-            value = said if isinstance(said, NoAnswer) else read_answer(said, fact.answer)
-            if isinstance(value, NoAnswer):
-                failures.setdefault(cell, value.reason)
-            else:
-                answers.setdefault(cell, []).append(value)
-        return {cell: torch.tensor(each) for cell, each in answers.items() if cell not in failures}, failures
-
-
-def read_answer(said: str, right: str) -> float | NoAnswer:
-    """1 for the right answer, 0 for another; a number may be written either way."""
-    if normalize_answer(right) in ("yes", "no"):
-        return yes_or_no(said, right)
-    return same_answer(said, right)
+    def _ask_endpoint(
+        self, groups: Sequence[Group], endpoint: ChatEndpoint
+    ) -> tuple[dict[Cell, list[float]], Failures]:
+        pictures, failures = scorable_images(groups)
+        asked = [
+            ((p, g), (image, ONE_WORD.format(question=fact.question)), fact.answer)
+            for (p, g), image in pictures.items()
+            for fact in groups[p].prompt.facts
+        ]
+        found, unanswered = ask_cells(endpoint, asked, read_answer)
+        return found, failures | unanswered
 
 
 # --- GenEval 2 ---

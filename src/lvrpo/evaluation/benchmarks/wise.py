@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
 
 from lvrpo.data.geneval import interleave_categories
 from lvrpo.errors import InputError
@@ -27,9 +24,9 @@ from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, require_method
 from lvrpo.reading import Record, read_json, validate_type
-from lvrpo.rewards.base import Scores, first_problem, image_problem
+from lvrpo.rewards.base import Cell, Scores, first_problem, scorable_images
 from lvrpo.rewards.endpoint import ChatEndpoint, NoAnswer
-from lvrpo.rewards.self_vqa import Failures, Reader
+from lvrpo.rewards.self_vqa import Reader
 from lvrpo.types import Group, Image, Parts, Prompt
 
 REQUEST = """A picture was drawn for this prompt. The explanation says what it means and what a right picture shows.
@@ -190,26 +187,17 @@ class WiScore:
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         reader = self.judge.reader or judge
-        failures: Failures = {}
-        cells: list[tuple[int, int]] = []
-        rows: list[tuple[Prompt, Image]] = []
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                problem = image_problem(trajectory, None if self.judge.endpoint is not None else reader)
-                if problem or trajectory.image is None:
-                    failures[p, g] = str(problem)
-                    continue
-                cells.append((p, g))
-                rows.append((group.prompt, trajectory.image))
+        pictures, failures = scorable_images(groups, None if self.judge.endpoint is not None else reader)
+        rows = [(groups[p].prompt, image) for (p, _), image in pictures.items()]
         endpoint = self.judge.endpoint
         found = self._rated(rows, reader) if endpoint is None else self._asked(rows, endpoint)
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        for cell, numbers in zip(cells, found, strict=True):
+        scores: dict[Cell, float] = {}
+        for cell, numbers in zip(pictures, found, strict=True):
             if isinstance(numbers, NoAnswer):
                 failures[cell] = numbers.reason
             else:
-                values[cell] = wi_score(numbers, self.protocol)
-        return Scores(values, failures)
+                scores[cell] = wi_score(numbers, self.protocol)
+        return Scores.of(groups, scores, failures)
 
     def request(self, prompt: Prompt, aspects: Sequence[Aspect]) -> str:
         """What the judge is asked about a picture of a prompt."""
