@@ -24,33 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "Config": "lvrpo.config",
-    "ContractError": "lvrpo.errors",
-    "Example": "lvrpo.types",
-    "Fact": "lvrpo.types",
-    "FlowSegment": "lvrpo.types",
-    "Group": "lvrpo.types",
-    "ImageTokenSegment": "lvrpo.types",
-    "InputError": "lvrpo.errors",
-    "LvrpoError": "lvrpo.errors",
-    "MaskedSegment": "lvrpo.types",
-    "MaskedTextSegment": "lvrpo.types",
-    "Policy": "lvrpo.policies.base",
-    "Prompt": "lvrpo.types",
-    "RewardTable": "lvrpo.types",
-    "Sampling": "lvrpo.policies.base",
-    "SegmentLogprobs": "lvrpo.types",
-    "Task": "lvrpo.data.base",
-    "TextSegment": "lvrpo.types",
-    "TrainConfig": "lvrpo.training.config",
-    "Trained": "lvrpo.api",
-    "Trajectory": "lvrpo.types",
-    "load_config": "lvrpo.config",
-    "load_policy": "lvrpo.policies.loading",
-    "reward": "lvrpo.rewards.function",
-    "train": "lvrpo.api",
+_MODULES = {
+    "lvrpo.api": ("Trained", "train"),
+    "lvrpo.config": ("Config", "load_config"),
+    "lvrpo.data.base": ("Task",),
+    "lvrpo.errors": ("ContractError", "InputError", "LvrpoError"),
+    "lvrpo.policies.base": ("Policy", "Sampling"),
+    "lvrpo.policies.loading": ("load_policy",),
+    "lvrpo.rewards.function": ("reward",),
+    "lvrpo.training.config": ("TrainConfig",),
 }
+"""Where a name of ``__all__`` is from; all others are from ``lvrpo.types``."""
 
 __all__ = [
     "Config",
@@ -107,10 +91,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:  # Any: the type checker reads the imports above
-    if name not in _EXPORTS:
+    if name not in __all__:
         raise AttributeError(f"module 'lvrpo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    module = next((module for module, names in _MODULES.items() if name in names), "lvrpo.types")
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted({*globals(), *__all__})

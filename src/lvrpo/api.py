@@ -18,17 +18,16 @@ from lvrpo.evaluation.experiment import (
     Plan,
     ProgressListener,
     held_out_plan,
-    unused_folder,
     warn_without_test,
 )
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
+from lvrpo.reading import unused_path
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import IN_PYTHON
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import InterruptHandler, print_stopping
 from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, TaskKind
@@ -109,7 +108,7 @@ def train(
         tree["data"]["success"] = {"name": f"{IN_PYTHON}:{named}"}
     if tree:
         resolved = parse_section(TrainConfig, {**resolved.model_dump(), **tree}, "config")
-    folder = Path(out) if out is not None else unused_folder(Path("runs") / resolved.name)
+    folder = Path(out) if out is not None else unused_path(Path("runs") / resolved.name)
     plan = held_out_plan(resolved, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
     trainer = Trainer.start(resolved, folder, custom=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
@@ -118,12 +117,7 @@ def train(
         Progress(resolved.steps) if progress else nullcontext(_NoProgress())
     )
     with trainer.run, listener as watch, Experiment(trainer, plan, watch) as experiment:
-        before = experiment.before()
-        with InterruptHandler(print_stopping) as interrupted:
-            trainer.train(experiment.observe, interrupted)
-            trainer.require_uninterrupted()
-        summary = experiment.after(before)
-    return Trained(folder, summary)
+        return Trained(folder, experiment.run_all())
 
 
 class _NoProgress:

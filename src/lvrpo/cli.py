@@ -17,8 +17,8 @@ from typing import NoReturn, TextIO
 
 from lvrpo import __version__
 from lvrpo.commands import COMMANDS, HEADINGS
-from lvrpo.commands.options import Command, Options, Parser, nearest
-from lvrpo.errors import ContractError, InputError, UnhealthyRunError
+from lvrpo.commands.options import Command, Options, Parser
+from lvrpo.errors import ContractError, InputError, UnhealthyRunError, nearest
 from lvrpo.reading import read_error_message
 from lvrpo.registry import ANY, allow_code, isolated_permissions, resolve
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.config_sections import KIND, Location, fields_at, key_paths, kinds_with, models_at
+from lvrpo.errors import nearest
 
 if TYPE_CHECKING:
     from lvrpo.config import Config
@@ -129,11 +128,6 @@ def _hint(cls: type[Config], location: Location, value: object) -> str | None:
     found = (model.hints.get(name) for model in models_at(cls, sections) for name in (f"{last}={value}", last))
     hint = next((hint for hint in found if hint is not None), None)
     return None if hint is None else hint.format(section=".".join(sections))
-
-
-def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like a misspelled one, if any is."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
 def show(value: Any) -> str:

@@ -1,4 +1,9 @@
-"""The exceptions of lvrpo."""
+"""The exceptions of lvrpo, and what their messages share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class LvrpoError(Exception):
@@ -25,3 +30,8 @@ def describe_error(error: BaseException) -> str:
     """Type and message of an exception in one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like a misspelled one, if any is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

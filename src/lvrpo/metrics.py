@@ -220,23 +220,3 @@ def agreement(drawings: Sequence[ReadBack]) -> Agreement:
     chance = confirmed * hold + (1 - confirmed) * (1 - hold)
     kappa = math.nan if {confirmed, hold} & {0.0, 1.0} else (agree - chance) / (1 - chance)
     return Agreement(confirmed, hold, agree, kappa, facts)
-
-
-__all__ = [
-    "COLLAPSED_SHARE",
-    "MIN_ANSWERS",
-    "Agreement",
-    "Collapse",
-    "GroupSpread",
-    "ReadBack",
-    "agreement",
-    "answer_entropy",
-    "balanced_accuracy",
-    "best_of_n",
-    "best_of_n_weights",
-    "collapsed_forms",
-    "group_spread",
-    "pass_at_k",
-    "recalls",
-    "share_of",
-]

@@ -6,6 +6,7 @@ Pipes (reading blocks), devices (endless) and folders are refused before they ar
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -61,6 +62,13 @@ def open_regular(path: Path, remedy: str, max_bytes: int | None = TEXT_BYTES) ->
 def path_exists(path: Path) -> bool:
     """Whether a path exists; broken and self-referencing links count, so that reading them raises an error."""
     return os.path.lexists(path)
+
+
+def unused_path(wanted: Path, suffix: str = "") -> Path:
+    """``wanted`` with the suffix, or the first of wanted-2, wanted-3 ... that does not exist."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (wanted.with_name(f"{wanted.name}{number}{suffix}") for number in numbers)
+    return next(path for path in paths if not path_exists(path))
 
 
 def require_regular(found: os.stat_result, path: Path, remedy: str, max_bytes: int | None = None) -> None:

@@ -7,7 +7,6 @@ Python. Downloaded files (a run, a model) cannot allow code.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from lvrpo.errors import InputError, LvrpoError, describe_error
+from lvrpo.errors import InputError, LvrpoError, describe_error, nearest
 
 ANY = "*"
 """Allows every package for names of a configuration; names in a model's folder need their package allowed by name."""
@@ -90,8 +89,8 @@ def resolve(
         found = adapt(_import(kind, name))
         _require_methods(kind, name, found, methods)
         return found
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name, table, 0.5)
+    hint = f"did you mean {near}? " if near else ""
     raise InputError(
         f"{kind} {name!r}: unknown: {hint}there are {', '.join(sorted(table)) or 'none'}; "
         "your own is given as my_package.module:Name"
@@ -204,7 +203,7 @@ def _attribute(kind: str, target: str, found: Any) -> Any:
         try:
             found = getattr(found, part)  # user-specified attribute
         except AttributeError:
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"name something that {module_name} defines"
+            near = nearest(part, dir(found))
+            hint = f"did you mean {near}?" if near else f"name something that {module_name} defines"
             raise InputError(f"{kind} {target!r}: {module_name} has no {part!r}: {hint}") from None
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from lvrpo.commands.data import print_overlaps
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
 from lvrpo.errors import InputError
+from lvrpo.reading import unused_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def check(options: Options) -> None:
     from lvrpo.data.leakage import compared_rows, duplicates, pixel_picture
     from lvrpo.pictures import png
 
-    out: Path = options.out or _unused_name(Path("rows.png"))
+    out: Path = options.out or unused_path(Path("rows"), ".png")
     file = out if out.suffix else out.with_suffix(".png")
     require_png(file)
     refuse_existing([file], options.force)
@@ -85,12 +85,6 @@ def check(options: Options) -> None:
         raise InputError(f"{len(problems)} row{'s' * (len(problems) > 1)} cannot be used; the first: {problems[0]}")
     if leak is not None:
         raise InputError(leak)
-
-
-def _unused_name(path: Path) -> Path:
-    """The path, or with a number if it exists: a check is repeated until the rows are right."""
-    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return path if not os.path.lexists(path) else next(each for each in names if not os.path.lexists(each))
 
 
 def _read_data(source: str, overrides: list[str]) -> DataConfig:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pydantic import Field, create_model
 
 from lvrpo.config import Config, default_kind, read_tree, read_yaml, require_known_keys, shipped_configs
 from lvrpo.config_sections import KIND
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, nearest
 
 KEYS = Path(__file__).parent.parent / "assets" / "keys.json"
 """By class its ``hints`` and ``fields``. A field is null; the values of a ``kind``; or ``sections``: the names of the
@@ -81,8 +80,8 @@ def find_config(name: str) -> Path:
         raise InputError(f"config {name!r}: is a folder: give a YAML file, or one of {', '.join(shipped)}")
     if "=" in name:
         raise InputError(f"config {name!r}: is an override: name a YAML file or a built-in configuration before it")
-    near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name, shipped)
+    hint = f"did you mean {near}? " if near else ""
     raise InputError(f"config {name!r}: no such file: {hint}give a YAML file, or one of {', '.join(shipped)}")
 
 

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from lvrpo.commands.options import Command, Options, Parser, positive, whole
-from lvrpo.commands.train import check_train_keys, refuse_out, train_options
+from lvrpo.commands.train import check_keys, refuse_out, train_options
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
@@ -374,5 +374,5 @@ RAY = Command(
     "examples:\n"
     "  lvrpo launch ray quickstart --workers 2 --out runs/shared\n\n"
     "CONFIG, the run directory and the working directory must be on a file system that all nodes share.",
-    check_train_keys,
+    check_keys(),
 )

@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, nearest
-from lvrpo.errors import InputError
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
+from lvrpo.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, nearest
 
 Options = argparse.Namespace
 
@@ -90,11 +89,6 @@ class Command:
     details: str = ""
     check: Callable[[Options], object] = lambda options: None
     """Raises InputError for wrong input that is found without torch and the training code; called before ``run``."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a typing error meant, if one is close."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def up_to(most: int) -> Callable[[str], int]:

@@ -80,9 +80,10 @@ def run(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.commands.train import require_well
-    from lvrpo.evaluation.experiment import Experiment, unused_folder
+    from lvrpo.evaluation.experiment import Experiment
+    from lvrpo.reading import unused_path
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.interrupt import Interrupted, InterruptHandler, print_stopping
+    from lvrpo.training.interrupt import Interrupted
     from lvrpo.training.trainer import Trainer
 
     started = time.monotonic()
@@ -93,7 +94,7 @@ def run(options: Options) -> None:
         trainer = Trainer.resume(options.resume)
     else:
         config = read_config(TrainConfig, options.config, _train_overrides(options))
-        folder = options.out or unused_folder(Path("runs") / config.name)
+        folder = options.out or unused_path(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
         trainer = Trainer.start(config, folder, files=plan(options, config, folder).files())
@@ -102,11 +103,7 @@ def run(options: Options) -> None:
     with run, Progress(config.steps) as watch, Experiment(trainer, measured, watch) as experiment:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
-            before = experiment.before()
-            with InterruptHandler(print_stopping) as interrupted:
-                trainer.train(experiment.observe, interrupted)
-                trainer.require_uninterrupted("quickstart")
-            summary = experiment.after(before)
+            summary = experiment.run_all("quickstart")
         except Interrupted:
             raise
         except KeyboardInterrupt:  # while it was evaluating

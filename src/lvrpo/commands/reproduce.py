@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_device, names, nearest, whole
-from lvrpo.errors import ContractError, InputError
+from lvrpo.commands.options import Command, Options, Parser, add_device, names, whole
+from lvrpo.errors import ContractError, InputError, nearest
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.reproduce.plan import Experiment, Job

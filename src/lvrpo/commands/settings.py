@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import json
 import re
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lvrpo.config import Config
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, nearest
 from lvrpo.types import TaskKind
 
 NAMES = {str: "text", int: "int", float: "float", bool: "bool", Path: "path", Any: "any", type(None): "null"}
@@ -29,7 +28,7 @@ def settings_text(cls: type[Config], word: str = "", width: int = 100) -> str:
     found = [row for row in rows if word.lower() in row[0]]
     if not found:
         known = list(dict.fromkeys(part for path, *_ in rows for part in (path, path.rpartition(".")[2])))
-        near = next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
+        near = nearest(word.lower(), known)
         hint = f"did you mean {near}?" if near else "use --config-help alone to list all settings"
         raise InputError(f"--config-help {word}: no such setting: {hint}")
     return "\n".join(

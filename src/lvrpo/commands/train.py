@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,18 +42,16 @@ def _run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; CONFIG is then optional")
 
 
-def check_train_keys(options: Options) -> None:
-    from lvrpo.commands.keys import known_config
+def check_keys(cls: str = "TrainConfig") -> Callable[[Options], None]:
+    """The check of CONFIG and its keys, which a resumed run may leave out."""
 
-    if getattr(options, "resume", None) is None:  # lvrpo check has no such option
-        known_config("TrainConfig", options.config, options.overrides)
+    def check(options: Options) -> None:
+        from lvrpo.commands.keys import known_config
 
+        if getattr(options, "resume", None) is None:  # lvrpo check has no such option
+            known_config(cls, options.config, options.overrides)
 
-def _check_pretrain_keys(options: Options) -> None:
-    from lvrpo.commands.keys import known_config
-
-    if options.resume is None:
-        known_config("PretrainConfig", options.config, options.overrides)
+    return check
 
 
 def train(options: Options) -> None:
@@ -61,17 +59,12 @@ def train(options: Options) -> None:
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.distributed import is_main
     from lvrpo.evaluation.experiment import Experiment
-    from lvrpo.training.interrupt import InterruptHandler, print_stopping
 
     trainer, plan = _open_trainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
         watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
-        before = experiment.before()
-        with InterruptHandler(print_stopping) as interrupted:
-            trainer.train(experiment.observe, interrupted)
-            trainer.require_uninterrupted()
-        summary = experiment.after(before)
+        summary = experiment.run_all()
         if summary["before"] and is_main():
             print_tables(summary_tables(summary))
         watch.phase(f"done; the policy: {run.path} ({_kept_step(trainer, summary)})")
@@ -193,7 +186,7 @@ TRAIN = Command(
     "  lvrpo train --resume runs/short steps=160        # makes a finished run longer\n"
     "  lvrpo train quickstart --config-help kl_coef     # what a setting does\n"
     "  torchrun --nproc-per-node 8 -m lvrpo train quickstart    # eight GPUs",
-    check_train_keys,
+    check_keys(),
 )
 PRETRAIN = Command(
     "train a policy with supervised losses",
@@ -202,7 +195,7 @@ PRETRAIN = Command(
     "examples:\n"
     "  lvrpo pretrain pretrain name=my-base steps=2000    # how the tiny base was made\n"
     "  lvrpo pretrain continued --out runs/baseline       # the baseline of the quickstart",
-    _check_pretrain_keys,
+    check_keys("PretrainConfig"),
 )
 
 
@@ -288,5 +281,5 @@ CHECK = Command(
     "  lvrpo check quickstart rollout.group_size=4\n"
     "  lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n\n"
     "To fetch only what --card needs: hf download ID --include '*.json' '*.txt' '*.jinja' --local-dir FOLDER",
-    check_train_keys,
+    check_keys(),
 )

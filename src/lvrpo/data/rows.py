@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lvrpo.data.base import Task
 from lvrpo.data.images import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
 from lvrpo.data.leakage import file_picture
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, nearest
 from lvrpo.patterns import compile_pattern
 from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, TaskKind
 
@@ -176,8 +175,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         models: dict[str, type[_Strict]] = {"facts": RowFact, "rules": TextRules}
         fields = sorted((models.get(where[0], Row) if len(where) > 1 else Row).model_fields)
-        near = difflib.get_close_matches(where[-1], fields, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        near = nearest(where[-1], fields)
+        hint = f"did you mean '{near}'? " if near else ""
         return f"unknown field '{name}': {hint}there are {', '.join(fields)}"
     if problem["type"] == "missing":
         return f"field '{name}' is missing: add it"

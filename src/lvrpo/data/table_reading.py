@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import importlib
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import InputError, LvrpoError, nearest
 
 if TYPE_CHECKING:
     from lvrpo.data.tables import DatasetConfig
@@ -42,9 +41,9 @@ TAR_END = bytes(512)
 """The last block of a tar archive that is whole."""
 
 
-def nearest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{f'did you mean {near[0]}? ' if near else ''}there are {', '.join(known)}"
+def suggest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    near = nearest(name, known)
+    return f"{f'did you mean {near}? ' if near else ''}there are {', '.join(known)}"
 
 
 def parse_range(split: str, expression: str) -> tuple[str, str | None, str | None]:
@@ -92,7 +91,7 @@ def open_table(
             raise InputError(f"{where}: is read by {kind}: only {', '.join(dict.fromkeys(ALLOWED))} are: convert it")
         known = builder.config.data_files or {}
         if known and name not in known:
-            raise InputError(f"{where}: no split {name!r}: {nearest(name, [str(each) for each in known])}")
+            raise InputError(f"{where}: no split {name!r}: {suggest(name, [str(each) for each in known])}")
         files = files or [str(file) for file in known.get(name, ())]
         if kind == "webdataset":
             _require_whole_archives(files)

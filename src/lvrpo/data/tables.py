@@ -22,7 +22,7 @@ from lvrpo.data.images import PictureFile, StoredPicture, check_image, load_imag
 from lvrpo.data.jsonl import picture_path
 from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
-from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, nearest, open_table, parse_range
+from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, open_table, parse_range, suggest
 from lvrpo.errors import InputError
 from lvrpo.types import TaskKind
 
@@ -68,10 +68,10 @@ class DatasetConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset}: unknown: {nearest(self.preset, PRESETS)}")
+            raise ValueError(f"preset={self.preset}: unknown: {suggest(self.preset, PRESETS)}")
         for name in self.columns:
             if name not in Row.model_fields:
-                raise ValueError(f"columns.{name}: no field of a row: {nearest(name, Row.model_fields)}")
+                raise ValueError(f"columns.{name}: no field of a row: {suggest(name, Row.model_fields)}")
         if self.path is None and (self.name is not None or self.revision is not None):
             raise ValueError("name and revision are of a data set on the Hub: give its id as path")
         for split in ("train", "validation", "test"):
@@ -185,7 +185,7 @@ class _Records:
         made = ("target",) if self.config.preset is not None else ()
         for name, column in self.config.columns.items():
             if column is not None and column.partition(".")[0] not in (*self.features, *made):
-                raise InputError(f"{where}: columns.{name}={column}: no such column: {nearest(column, self.features)}")
+                raise InputError(f"{where}: columns.{name}={column}: no such column: {suggest(column, self.features)}")
 
     def lines(self) -> Iterator[Line]:
         number = 0

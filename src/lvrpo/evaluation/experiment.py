@@ -49,6 +49,7 @@ from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.health import assess
+from lvrpo.training.interrupt import InterruptHandler, print_stopping
 from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
@@ -59,22 +60,17 @@ from lvrpo.types import TASKS, Group, Prompt, TaskKind
 RESULT = "eval/after.json"
 
 
+@dataclass
 class Baseline:
     """The supervised baseline, trained and evaluated in a second process."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        folder: Path,
-        benchmarks: Sequence[str],
-        sizes: Mapping[str, int],
-        sampling: Sampling,
-        sampled_prompts: int = 0,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.arguments = (config, folder, list(benchmarks), dict(sizes), sampling, sampled_prompts)
-        self.process: SpawnProcess | None = None
+    config: PretrainConfig
+    folder: Path
+    benchmarks: Sequence[str]
+    sizes: Mapping[str, int]
+    sampling: Sampling
+    sampled_prompts: int = 0
+    process: SpawnProcess | None = field(default=None, init=False)
 
     @property
     def finished(self) -> bool:
@@ -84,10 +80,9 @@ class Baseline:
     def start(self) -> None:
         """Starts the process, which resumes from the last checkpoint if there is one."""
         if not self.finished:
-            self.process = multiprocessing.get_context("spawn").Process(
-                target=_run_process, args=self.arguments, daemon=True
-            )
-            self.process.start()
+            process = multiprocessing.get_context("spawn").Process(target=self._run_process, daemon=True)
+            process.start()  # a copy of this object goes along
+            self.process = process
 
     def wait(self) -> tuple[Evaluation, Cost]:
         """Waits for the process; returns its evaluation and cost. Raises ContractError if it failed."""
@@ -107,54 +102,39 @@ class Baseline:
             self.process.terminate()
             self.process.join()
 
-
-def _run_process(
-    config: PretrainConfig,
-    folder: Path,
-    benchmarks: Sequence[str],
-    sizes: Mapping[str, int],
-    sampling: Sampling,
-    sampled_prompts: int,
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent handles it
-    error_file = folder.with_suffix(".error")
-    try:
-        error_file.unlink(missing_ok=True)
-        _train_and_evaluate(config, folder, benchmarks, sizes, sampling, sampled_prompts)
-    except BaseException as error:  # exits too: the parent process reads the reason from the file
-        line = " ".join(str(error).split()) or type(error).__name__
-        error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
-        sys.exit(1)
-
-
-def _train_and_evaluate(
-    config: PretrainConfig,
-    folder: Path,
-    benchmarks: Sequence[str],
-    sizes: Mapping[str, int],
-    sampling: Sampling,
-    sampled_prompts: int = 0,
-) -> None:
-    """Trains (or resumes) and evaluates the baseline in this process; writes eval/after.json last.
-
-    The base that it started from judges its best of n, as for the alignment.
-    """
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent(row: Mapping[str, Any]) -> None:
-        if parent is not None and not parent.is_alive():
+    def _run_process(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent handles it
+        error_file = self.folder.with_suffix(".error")
+        try:
+            error_file.unlink(missing_ok=True)
+            self.train_and_evaluate()
+        except BaseException as error:  # exits too: the parent process reads the reason from the file
+            line = " ".join(str(error).split()) or type(error).__name__
+            error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
             sys.exit(1)
 
-    begun = (folder / START / SEAL).exists()
-    trainer = Pretrainer.resume(folder, config) if begun else Pretrainer.start(config, folder)
-    with trainer.run as run:
-        trainer.train(end_with_parent)
-        judge = None if config.init is None else load_policy(config.init, config.device, "float32").make_reference()
-        options = EvaluationOptions(sampled_prompts, judge=judge)
-        found = find_benchmarks(benchmarks)
-        evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, options=options)
-        cost = Cost(trainer.state.seconds, peak_memory_gib())
-        run.write_json(RESULT, {**evaluation.as_dict(), "cost": asdict(cost)})
+    def train_and_evaluate(self) -> None:
+        """Trains (or resumes) and evaluates the baseline in this process; writes eval/after.json last.
+
+        The base that it started from judges its best of n, as for the alignment.
+        """
+        parent, config = multiprocessing.parent_process(), self.config
+
+        def end_with_parent(row: Mapping[str, Any]) -> None:
+            if parent is not None and not parent.is_alive():
+                sys.exit(1)
+
+        begun = (self.folder / START / SEAL).exists()
+        trainer = Pretrainer.resume(self.folder, config) if begun else Pretrainer.start(config, self.folder)
+        with trainer.run as run:
+            trainer.train(end_with_parent)
+            judge = None if config.init is None else load_policy(config.init, config.device, "float32").make_reference()
+            options = EvaluationOptions(self.sampled_prompts, judge=judge)
+            found = find_benchmarks(self.benchmarks)
+            policy = trainer.state.average
+            evaluation = evaluate(policy, found, sizes=self.sizes, sampling=self.sampling, options=options)
+            cost = Cost(trainer.state.seconds, peak_memory_gib())
+            run.write_json(RESULT, {**evaluation.as_dict(), "cost": asdict(cost)})
 
 
 def _text(path: Path) -> str:
@@ -250,6 +230,17 @@ class Experiment:
     def __exit__(self, *_: object) -> None:
         if self.baseline is not None:
             self.baseline.stop()
+
+    def run_all(self, command: str = "train") -> dict[str, Any]:
+        """Evaluates, trains and evaluates again; returns the summary. Any: JSON.
+
+        Raises Interrupted, which says how ``command`` goes on, where a signal ended the training.
+        """
+        before = self.before()
+        with InterruptHandler(print_stopping) as interrupted:
+            self.trainer.train(self.observe, interrupted)
+            self.trainer.require_uninterrupted(command)
+        return self.after(before)
 
     def before(self) -> Evaluation:
         """Starts a parallel baseline and evaluates the initial policy."""
@@ -402,15 +393,6 @@ def _summarize(
         if plan.parallel:
             summary["peak_memory_gib"] += cost.peak_memory_gib
     return summary
-
-
-def unused_folder(wanted: Path) -> Path:
-    """``wanted``, or the first of wanted-2, wanted-3 ... that does not exist."""
-    return next(
-        path
-        for number in range(1, 10_000)
-        if not (path := wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")).exists()
-    )
 
 
 def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:

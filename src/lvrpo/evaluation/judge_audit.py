@@ -12,7 +12,7 @@ import torch
 
 from lvrpo.audit_records import JudgeAudit, JudgeScore
 from lvrpo.data.scenes import edits, facts, grammar, reasoning
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, RELATIONS, Mention
+from lvrpo.data.scenes.grammar import OPPOSITE, Mention
 from lvrpo.data.scenes.layout import Description, Layout
 from lvrpo.data.scenes.objects import (
     CELL,
@@ -102,7 +102,7 @@ class _PairBuilder:
             r = reasoning.reason(category, layout)
             assert r.drawing is not None
             o = r.drawing.objects[0]
-            wrong = _replace_object(r.drawing, o, _another_digit(o, layout))
+            wrong = r.drawing.with_object(o, _another_digit(o, layout))
             prompt = Prompt(cluster, "reason", (r.text,), ("text", "image"))
             pictures = [(r.answer, render(scene, self.size)) for scene in (r.drawing, wrong)]
             yield MinimalPair("image", "thought", "digit", cluster, offline_group(prompt, pictures))
@@ -113,7 +113,7 @@ class _PairBuilder:
         for i in range(self.n * len(grammar.UNDERSTAND)):
             prompt = source.prompt("understand", i)
             right, rng = str(prompt.answer), random.Random(f"judge/answer/{prompt.id}")
-            others = next(kind for kind in ANSWERS if right in kind)
+            others = next(kind for kind in grammar.ANSWERS if right in kind)
             wrong = rng.choice([answer for answer in others if answer != right])
             error = "denial" if right == "yes" else "assertion" if right == "no" else "another answer"
             group = offline_group(prompt, [(right,), (wrong,)])
@@ -146,32 +146,11 @@ class _PairBuilder:
                 yield MinimalPair("image", fact.kind, name, prompt.id, offline_group(single, pair))
 
 
-ANSWERS = (
-    COLORS,
-    SHAPES,
-    DIGITS,
-    NUMBER_WORDS[1 : MAX_OBJECTS + 1],
-    ("yes", "no"),
-    RELATIONS,
-    grammar.PLACES,
-    GROUNDS,
-)
-"""The possible answers of each kind."""
-
-
 # --- scenes with one thing changed ---
 
 
-def _replace_object(scene: Scene, old: SceneObject, new: SceneObject) -> Scene:
-    return replace(scene, objects=tuple(new if o is old else o for o in scene.objects))
-
-
-def _other(rng: random.Random, options: Sequence[str], value: str) -> str:
-    return rng.choice([option for option in options if option != value])
-
-
 def _another_digit(o: SceneObject, layout: Layout) -> SceneObject:
-    value = int(_other(layout.rng, DIGITS, o.shape))
+    value = int(grammar.other(layout.rng, DIGITS, o.shape))
     return replace(o, shape=str(value), sample=layout.rng.choice(digit_indices(layout.split)[value]))
 
 
@@ -179,18 +158,18 @@ def _corrupted_scenes(scene: Scene, layout: Layout) -> dict[str, Scene]:
     """The scene with one or two objects changed, by name of the error."""
     rng, objects = layout.rng, scene.objects
     o = rng.choice(objects)
-    changed = {"color": _replace_object(scene, o, replace(o, color=_other(rng, COLORS, o.color)))}
+    changed = {"color": scene.with_object(o, replace(o, color=grammar.other(rng, COLORS, o.color)))}
     if o.is_digit:
-        changed["digit"] = _replace_object(scene, o, _another_digit(o, layout))
+        changed["digit"] = scene.with_object(o, _another_digit(o, layout))
     else:
-        changed["shape"] = _replace_object(scene, o, replace(o, shape=_other(rng, SHAPES, o.shape)))
+        changed["shape"] = scene.with_object(o, replace(o, shape=grammar.other(rng, SHAPES, o.shape)))
     several = len(objects) > 1
     if several:
         changed["missing"] = replace(scene, objects=tuple(p for p in objects if p is not o))
     free = [cell for cell in layout.cells(layout.grid**2) if all(p.cell != cell for p in objects)]
     if len(objects) < MAX_OBJECTS and free:
         alike = several and len({p.shape for p in objects}) == 1
-        shape = o.shape if alike else _other(rng, SHAPES, o.shape)
+        shape = o.shape if alike else grammar.other(rng, SHAPES, o.shape)
         extra = SceneObject(shape, o.color if alike else rng.choice(COLORS), *free[0])
         changed["extra"] = replace(scene, objects=(*objects, extra))
     if len(objects) == 2:
@@ -219,7 +198,7 @@ def _corrupted_captions(d: Description, rng: random.Random) -> dict[str, str]:
 
     wrong = {"digit" if m.is_digit else "shape": instead(replace(m, shape=_absent_shape(d, m, rng)))}
     if m.color is not None:
-        wrong["color"] = instead(replace(m, color=_other(rng, COLORS, m.color)))
+        wrong["color"] = instead(replace(m, color=grammar.other(rng, COLORS, m.color)))
     if m.count > 1:
         near = [n for n in (m.count - 1, m.count + 1) if 2 <= n <= MAX_OBJECTS]
         wrong["count"] = instead(replace(m, count=rng.choice(near)))
@@ -233,9 +212,9 @@ def _corrupted_captions(d: Description, rng: random.Random) -> dict[str, str]:
     if right.relation is not None:
         wrong["position"] = replace(right, relation=OPPOSITE[right.relation]).text()
     if right.place is not None:
-        wrong["place"] = replace(right, place=_other(rng, grammar.PLACES, right.place)).text()
+        wrong["place"] = replace(right, place=grammar.other(rng, grammar.PLACES, right.place)).text()
     if right.ground is not None:
-        wrong["ground"] = replace(right, ground=_other(rng, GROUNDS, right.ground)).text()
+        wrong["ground"] = replace(right, ground=grammar.other(rng, GROUNDS, right.ground)).text()
     return wrong
 
 

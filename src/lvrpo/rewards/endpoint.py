@@ -306,9 +306,6 @@ def http_packages() -> tuple[Any, Any]:
     return httpx2, tenacity
 
 
-__all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "picture_url", "strip_thinking"]
-
-
 # --- one request with a limit of time and of bytes ---
 
 

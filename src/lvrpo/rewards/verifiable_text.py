@@ -64,6 +64,26 @@ def score_texts(groups: Sequence[Group], cut_off: CutOff, rule: Callable[[str, P
     return score_each(groups, score)
 
 
+class TextRule(Config):
+    """A rule that is applied to the last text of every trajectory."""
+
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
+
+    cut_off: CutOff = "mask"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output and prompt.answer is not None
+
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        return score_texts(groups, self.cut_off, self.rule)
+
+    def rule(self, text: str, prompt: Prompt) -> float:
+        """The score of a text."""
+        raise NotImplementedError
+
+
 # --- exact_answer ---
 
 
@@ -138,7 +158,7 @@ _NUMBER = re.compile(
 )
 
 
-class Numeric(Config):
+class Numeric(TextRule):
     """1 where the last number of the text is the answer's within the tolerance, else 0. Range {0, 1}.
 
     |given - right| <= max(absolute, relative |right|). Numbers are exact: 1,234.5, 3/4, 12 %, 2e3, -7, and the words
@@ -146,21 +166,16 @@ class Numeric(Config):
     text without a number is wrong, not masked. It applies where the right answer is a number.
     """
 
-    judges: ClassVar = ("text",)
-    sides: ClassVar = ()
-
     relative: float = Field(default=0.0, ge=0, lt=1)
     """Tolerance as a share of the right answer."""
     absolute: NonNegative = 0.0
     """Tolerance in units of the answer."""
-    cut_off: CutOff = "mask"
-    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
 
     def applies(self, prompt: Prompt) -> bool:
-        return "text" in prompt.output and prompt.answer is not None and last_number(prompt.answer) is not None
+        return super().applies(prompt) and last_number(prompt.answer or "") is not None
 
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        return score_texts(groups, self.cut_off, lambda text, prompt: float(self.matches(text, prompt.answer or "")))
+    def rule(self, text: str, prompt: Prompt) -> float:
+        return float(self.matches(text, prompt.answer or ""))
 
     def matches(self, given: str, right: str) -> bool:
         """Whether the last numbers of two texts agree."""
@@ -211,7 +226,7 @@ _SAID = (
 """Ways to name an option, the plainest first; a bare "A" or "I" inside a sentence is a word."""
 
 
-class MultipleChoice(Config):
+class MultipleChoice(TextRule):
     """1 where the text chooses the option that the prompt's answer names, else 0. Range {0, 1}.
 
     The answer is a letter from A to J. A text names an option by ``\\boxed{B}``, "answer: B", "(B)", "B." or the letter
@@ -219,22 +234,11 @@ class MultipleChoice(Config):
     the plainest way it uses names nothing final, is wrong.
     """
 
-    judges: ClassVar = ("text",)
-    sides: ClassVar = ()
-
-    cut_off: CutOff = "mask"
-    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
-
     def applies(self, prompt: Prompt) -> bool:
-        return "text" in prompt.output and prompt.answer is not None and _letter(prompt.answer) is not None
+        return super().applies(prompt) and _letter(prompt.answer or "") is not None
 
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        options = {group.prompt.id: options_of(group.prompt) for group in groups}
-
-        def rule(text: str, prompt: Prompt) -> float:
-            return float(chosen(text, options[prompt.id]) == _letter(prompt.answer or ""))
-
-        return score_texts(groups, self.cut_off, rule)
+    def rule(self, text: str, prompt: Prompt) -> float:
+        return float(chosen(text, options_of(prompt)) == _letter(prompt.answer or ""))
 
 
 def options_of(prompt: Prompt) -> dict[str, str]:
@@ -278,35 +282,24 @@ _PLAIN = (
 )
 
 
-class Boxed(Config):
+class Boxed(TextRule):
     r"""1 where the content of the last ``\boxed{}`` is the prompt's answer, else 0. Range {0, 1}.
 
     A text without a box is wrong, not masked, because the prompt requests it. The reference may be boxed or not.
     """
 
-    judges: ClassVar = ("text",)
-    sides: ClassVar = ()
-
     compare: Literal["plain", "math_verify"] = "plain"
     r"""plain: equal as exact numbers (1/2, \frac{1}{2} and 0.5 are the same) or as formulas without spacing.
     math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``."""
-    cut_off: CutOff = "mask"
-    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     _same: Callable[[str, str], bool] = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
         self._same = same_formula if self.compare == "plain" else _math_verify()
 
-    def applies(self, prompt: Prompt) -> bool:
-        return "text" in prompt.output and prompt.answer is not None
-
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        def rule(text: str, prompt: Prompt) -> float:
-            given = last_boxed(text)
-            right = last_boxed(prompt.answer or "") or prompt.answer or ""
-            return float(given is not None and self._same(given, right))
-
-        return score_texts(groups, self.cut_off, rule)
+    def rule(self, text: str, prompt: Prompt) -> float:
+        given = last_boxed(text)
+        right = last_boxed(prompt.answer or "") or prompt.answer or ""
+        return float(given is not None and self._same(given, right))
 
 
 def last_boxed(text: str) -> str | None:
@@ -367,14 +360,11 @@ FORMS = {
 """Forms by name; anything else is a regular expression."""
 
 
-class TextFormat(Config):
+class TextFormat(TextRule):
     """1 where the whole text matches the form, else 0. Range {0, 1}.
 
     By itself it is satisfied by any text of that form: give it a small weight beside a reward of the answer.
     """
-
-    judges: ClassVar = ("text",)
-    sides: ClassVar = ()
 
     form: str = "think_answer"
     """think_answer (<think>...</think> <answer>...</answer>, each once), boxed (exactly one), one_line, or a regular
@@ -394,9 +384,8 @@ class TextFormat(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        pattern = FORMS.get(self.form, self.form)
-        return score_texts(groups, self.cut_off, lambda text, prompt: float(full_match(pattern, text)))
+    def rule(self, text: str, prompt: Prompt) -> float:
+        return float(full_match(FORMS.get(self.form, self.form), text))
 
 
 # --- text_length ---

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import get_args, overload
+from functools import lru_cache, partial
+from typing import overload
 
 from pydantic import Field, field_validator
 
 from lvrpo.config import Config
 from lvrpo.data.scenes import edits, grammar, reasoning
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Caption, Mention, clear_relation, place
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Caption, Mention, clear_relation, other, place
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import (
     CELL,
     COLORS,
     DEFAULT_SIZE,
     DIGITS,
-    GROUNDS,
     HELD_OUT,
     MAX_OBJECTS,
     SHAPES,
@@ -35,7 +34,7 @@ from lvrpo.data.scenes.objects import (
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
 from lvrpo.data.scenes.questions import ask
-from lvrpo.types import Example, OutputKind, Part, Prompt, TaskKind
+from lvrpo.types import TASKS, Example, OutputKind, Part, Prompt, TaskKind
 
 
 class CorpusConfig(Config):
@@ -118,13 +117,13 @@ _drawn = lru_cache(maxsize=1024)(render)
 
 
 class LazyExamples(Sequence[Example]):
-    """Examples that are drawn when they are read: rows about one picture, read one soon after the other, share it."""
+    """Examples that are built when they are read."""
 
-    def __init__(self, rows: Sequence[_Row], size: int) -> None:
-        self._rows, self._size = rows, size
+    def __init__(self, count: int, build: Callable[[int], Example]) -> None:
+        self._count, self._build = count, build
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -133,18 +132,24 @@ class LazyExamples(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._example(row) for row in self._rows[index]]
-        return self._example(self._rows[index])
+        places = range(self._count)[index]  # raises IndexError where there is no such row
+        return [self._build(i) for i in places] if isinstance(places, range) else self._build(places)
 
-    def _example(self, row: _Row) -> Example:
+
+def _lazily(rows: Sequence[_Row], size: int) -> LazyExamples:
+    """The examples of rows; those about one picture, read one soon after the other, share it."""
+
+    def drawn(parts: Sequence[str | Scene]) -> tuple[Part, ...]:
+        return tuple(part if isinstance(part, str) else _drawn(part, size) for part in parts)
+
+    def example(i: int) -> Example:
+        row = rows[i]
         answer = next((o for o in row.outputs if isinstance(o, str)), None)
         key = f"scenes/web/{row.task}/{row.category}/{row.index:06d}"
-        parts, outputs = self._parts(row.parts), self._parts(row.outputs)
-        return Example(Prompt(key, row.task, parts, row.output, answer, (), row.category, "scenes/web"), outputs)
+        prompt = Prompt(key, row.task, drawn(row.parts), row.output, answer, (), row.category, "scenes/web")
+        return Example(prompt, drawn(row.outputs))
 
-    def _parts(self, parts: Sequence[str | Scene]) -> tuple[Part, ...]:
-        return tuple(part if isinstance(part, str) else _drawn(part, self._size) for part in parts)
+    return LazyExamples(len(rows), example)
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,6 @@ def _alike(group: Sequence[SceneObject]) -> Mention:
     return Mention(group[0].shape, group[0].color if one_color else None, len(group))
 
 
-def _other(rng: random.Random, options: Sequence[str], value: str) -> str:
-    return rng.choice([o for o in options if o != value])
-
-
 class _Builder:
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
@@ -213,7 +214,7 @@ class _Builder:
         edit = [self._edit(i) for i in range(c.edits)]
         reason = [self._reason(i) for i in range(c.reasons)]
         drawn, captions, asked, edits, reasons = (
-            LazyExamples(rows, c.size) for rows in (generate, caption, questions, edit, reason)
+            _lazily(rows, c.size) for rows in (generate, caption, questions, edit, reason)
         )
         return WebCorpus(c, drawn, captions, asked, edits, reasons, scenes, self._rates())
 
@@ -296,9 +297,9 @@ class _Builder:
                 near = [n for n in (m.count - 1, m.count + 1) if 2 <= n <= MAX_OBJECTS]
                 wrong = replace(m, count=self.rng.choice(near))
             elif slot == "color" and m.color is not None:
-                wrong = replace(m, color=_other(self.rng, COLORS, m.color))
+                wrong = replace(m, color=other(self.rng, COLORS, m.color))
             else:
-                wrong = replace(m, shape=_other(self.rng, DIGITS if m.is_digit else SHAPES, m.shape))
+                wrong = replace(m, shape=other(self.rng, DIGITS if m.is_digit else SHAPES, m.shape))
             if (wrong.color, wrong.shape) not in HELD_OUT:
                 return [wrong if k == i else other for k, other in enumerate(mentions)], relation
 
@@ -324,7 +325,7 @@ class _Builder:
             near = [n for n in NUMBER_WORDS[1:] if abs(NUMBER_WORDS.index(n) - NUMBER_WORDS.index(answer)) == 1]
             wrong = rng.choice(near) if self._draw_event("wrong_count", c.wrong_count) else answer
         elif self._draw_event("wrong_answer", c.wrong_answer):
-            wrong = _other(rng, next(kind for kind in _ANSWERS if answer in kind), answer)
+            wrong = other(rng, next(kind for kind in grammar.ANSWERS if answer in kind), answer)
         else:
             wrong = answer
         self.counts["wrong_question of"] += 1
@@ -353,24 +354,12 @@ class _Builder:
         r = reasoning.reason(category, self.layout)
         answer, drawing = r.answer, r.drawing
         if self._draw_event("wrong_reason", self.config.wrong_reason):
-            answer = _other(self.rng, ("yes", "no") if answer in ("yes", "no") else DIGITS, answer)
+            answer = other(self.rng, ("yes", "no") if answer in ("yes", "no") else DIGITS, answer)
             drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
         if drawing is not None:
             return _Row("reason", category, index, (r.text,), ("text", "image"), (answer, drawing))
         assert r.picture is not None
         return _Row("reason", category, index, (r.picture, r.text), ("text",), (answer,))
-
-
-_ANSWERS: tuple[tuple[str, ...], ...] = (
-    ("yes", "no"),
-    COLORS,
-    SHAPES,
-    DIGITS,
-    NUMBER_WORDS[1:],
-    grammar.PLACES,
-    GROUNDS,
-    grammar.RELATIONS,
-)
 
 
 # --- prompts of the train split with their right outputs ---
@@ -392,29 +381,6 @@ class CleanPromptsConfig(Config):
         return counts
 
 
-class CleanRows(Sequence[Example]):
-    """The first rows of one task; built on access."""
-
-    def __init__(self, source: ScenePrompts, task: TaskKind, count: int) -> None:
-        self._source, self._count = source, count
-        self._task: TaskKind = task
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(self._count)[index]  # raises IndexError where there is no such row
-        if isinstance(places, range):
-            return [self._source.example(self._task, i) for i in places]
-        return self._source.example(self._task, places)
-
-
 @dataclass(frozen=True)
 class CleanPrompts:
     """Rows to imitate, under the names of a ``WebCorpus``."""
@@ -432,6 +398,5 @@ class CleanPrompts:
         """The corpus of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
-        tasks: tuple[TaskKind, ...] = get_args(TaskKind)
-        rows: Mapping[TaskKind, CleanRows] = {task: CleanRows(source, task, counts.get(task, 0)) for task in tasks}
+        rows = {task: LazyExamples(counts.get(task, 0), partial(source.example, task)) for task in TASKS}
         return cls(rows["generate"], (), rows["understand"], rows["edit"], rows["reason"])

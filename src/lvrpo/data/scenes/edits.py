@@ -45,10 +45,6 @@ def _reference(scene: Scene, layout: Layout) -> tuple[SceneObject, Mention] | No
     return (o, mention(o)) if sum(p.color == o.color for p in same) == 1 else None
 
 
-def _swap(scene: Scene, old: SceneObject, new: SceneObject) -> Scene:
-    return replace(scene, objects=tuple(new if o is old else o for o in scene.objects))
-
-
 def _free_pair(scene: Scene, color: str, shape: str) -> bool:
     return all((o.color, o.shape) != (color, shape) for o in scene.objects)
 
@@ -64,7 +60,7 @@ def _recolor(scene: Scene, layout: Layout) -> Edit | None:
     changed = facts.exists(said, cell=o.cell, kind="color")
     if unique:
         changed = replace(changed, question=facts.color(said).question, answer=color)
-    target = _swap(scene, o, replace(o, color=color))
+    target = scene.with_object(o, replace(o, color=color))
     kept = facts.bystander_facts(scene, o)
     said_of = (changed, *kept, facts.total(len(target.objects)))
     return Edit(scene, f"make the {m.bare} {color}", target, said_of, frozenset({o.cell}))
@@ -105,7 +101,7 @@ def _move(scene: Scene, layout: Layout) -> Edit | None:
     if cell in taken:
         return None
     along = [(cell[0], k) if edge in ("top", "bottom") else (k, cell[1]) for k in range(layout.grid)]
-    target = _swap(scene, o, replace(o, row=cell[0], col=cell[1]))
+    target = scene.with_object(o, replace(o, row=cell[0], col=cell[1]))
     kept = facts.bystander_facts(scene, o)
     moved = facts.edge(m, o, edge)
     said_of = (moved, *kept, facts.total(len(target.objects)))
@@ -119,7 +115,7 @@ def _replace(scene: Scene, layout: Layout) -> Edit | None:
     if reference is None or not _free_pair(scene, reference[0].color, shape):
         return None
     o, m = reference
-    target = _swap(scene, o, replace(o, shape=shape))
+    target = scene.with_object(o, replace(o, shape=shape))
     changed = facts.exists(Mention(shape, o.color), cell=o.cell, kind="shape")
     kept = facts.bystander_facts(scene, o)
     text = f"replace the {m.bare} with {Mention(shape).phrase}"

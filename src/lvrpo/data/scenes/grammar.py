@@ -6,7 +6,9 @@ Digits are written "0" .. "9"; counts of objects are number words, "one" .. "fiv
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lvrpo.data.scenes.objects import (
@@ -49,10 +51,18 @@ VOCABULARY: tuple[str, ...] = tuple(
 )
 """Every word of every text of this world, sorted."""
 
+ANSWERS = (("yes", "no"), COLORS, SHAPES, DIGITS, NUMBER_WORDS[1 : MAX_OBJECTS + 1], PLACES, GROUNDS, RELATIONS)
+"""The possible answers of each kind."""
+
 GENERATE = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "digits")
 UNDERSTAND = ("color", "count", "shape", "exists", "position", "digit")
 EDIT = ("recolor", "add", "remove", "move", "replace")
 REASON = ("sum", "compare", "draw_answer")
+
+
+def other(rng: random.Random, options: Sequence[str], value: str) -> str:
+    """One of the options that is not the value."""
+    return rng.choice([option for option in options if option != value])
 
 
 def normalize(text: str) -> str:

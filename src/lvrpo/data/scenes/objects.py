@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -105,6 +105,10 @@ class Scene:
         """The content, independent of the order of the objects."""
         objects = ";".join(sorted(f"{o.shape},{o.color},{o.row},{o.col},{o.sample}" for o in self.objects))
         return f"{self.ground}|{objects}"
+
+    def with_object(self, old: SceneObject, new: SceneObject) -> Scene:
+        """The scene with one object in the place of another."""
+        return replace(self, objects=tuple(new if o is old else o for o in self.objects))
 
     def split(self) -> Split:
         """The split that this scene belongs to: 80 / 10 / 10 by a hash of its content."""

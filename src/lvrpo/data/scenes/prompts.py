@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -99,7 +98,6 @@ class ScenePrompts(ComparableTask):
     config: ScenesConfig = field(default_factory=ScenesConfig)
     split: Split = "train"
     seed: int = 0
-    _pictures: OrderedDict[int, _Picture] = field(default_factory=OrderedDict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -220,10 +218,12 @@ class ScenePrompts(ComparableTask):
         category = cycle[place]
         return turns * cycle.count(category) + cycle[:place].count(category)
 
-    def _picture(self, number: int) -> _Picture:
-        if number in self._pictures:
-            self._pictures.move_to_end(number)
-            return self._pictures[number]
+    @cached_property
+    def _picture(self) -> Callable[[int], _Picture]:
+        """The picture of a number, which several questions share."""
+        return lru_cache(maxsize=256)(self._draw_picture)
+
+    def _draw_picture(self, number: int) -> _Picture:
         each = self.config.questions_per_picture
         indices = range(number * each, (number + 1) * each)
         categories = [self.category("understand", i) for i in indices]
@@ -237,8 +237,4 @@ class ScenePrompts(ComparableTask):
             questions = [ask(c, scene, layout.rng, self._grid, w) for c, w in zip(categories, wanted, strict=True)]
             known = [q for q in questions if q is not None]
             if len(known) == each:
-                break
-        self._pictures[number] = _Picture(scene, render(scene, self.config.size), known)
-        if len(self._pictures) > 256:
-            self._pictures.popitem(last=False)
-        return self._pictures[number]
+                return _Picture(scene, render(scene, self.config.size), known)

@@ -212,6 +212,3 @@ def question_form(text: str) -> str:
     for edge in EDGES:
         form = form.replace(f"the {edge} edge", "the EDGE edge")
     return form
-
-
-__all__ = ["question_form"]
