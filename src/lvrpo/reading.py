@@ -114,6 +114,16 @@ def read_text(path: Path, remedy: str, max_bytes: int = TEXT_BYTES) -> str:
         raise InputError(f"{path}: byte {error.start} is not UTF-8: {hint}") from None
 
 
+def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
+    """(number, text) of the lines of a text file that are not blank; raises InputError, also where there is none."""
+    # not splitlines: a row may hold other separators, such as U+2028
+    lines = enumerate(read_text(path, remedy).split("\n"), start=1)
+    found = [(number, line.strip()) for number, line in lines if line.strip()]
+    if not found:
+        raise InputError(f"{path}: is empty: {remedy}")
+    return found
+
+
 def read_json(path: Path, remedy: str = "restore the file", max_bytes: int = JSON_BYTES, finite: bool = True) -> Any:
     """The value of a JSON file. Any: JSON. Raises InputError."""
     return parse_json(read_text(path, remedy, max_bytes), str(path), remedy, finite)

@@ -19,7 +19,7 @@ from lvrpo.data.rows import parse_row
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.benchmarks import geneval
-from lvrpo.evaluation.benchmarks.geneval import ConfirmedFacts, GenEvalRules, drawn_benchmark, write_layout
+from lvrpo.evaluation.benchmarks.geneval import ConfirmedFacts, GenEvalRules, geneval_benchmark, write_layout
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems, relations
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.suite import evaluate, find_benchmarks
@@ -264,7 +264,7 @@ def true_colors(image: Image, name: str, objects: Sequence[Detection]) -> list[s
 @pytest.fixture
 def official(rows: list[data.GenEvalRow]) -> Any:
     reward = GenEvalRules({row.prompt.id: row.metadata for row in rows}, Sees(), true_colors)
-    return drawn_benchmark("geneval", [row.prompt for row in rows], reward, "a double")
+    return geneval_benchmark("geneval", [row.prompt for row in rows], reward, "a double")
 
 
 def test_a_perfect_model_scores_one_and_a_blank_one_zero(official: Any) -> None:

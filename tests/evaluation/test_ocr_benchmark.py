@@ -72,5 +72,5 @@ def test_a_prompt_without_text_to_draw_is_named(data: Path) -> None:
     with pytest.raises(InputError, match=r"test\.txt:1: no text in quotation marks"):
         find_benchmarks(["ocr"], inputs=BenchmarkInputs(data))
     file.write_text("\n")
-    with pytest.raises(InputError, match="no prompts"):
+    with pytest.raises(InputError, match="is empty"):
         find_benchmarks(["ocr"], inputs=BenchmarkInputs(data))

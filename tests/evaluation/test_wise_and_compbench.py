@@ -323,5 +323,5 @@ def test_categories_have_equal_weight_and_files_are_checked(
         compbench.read_prompts(other)
     assert compbench.read_prompts(data / "t2i_compbench" / FILES[0])[0].category == "color"
     (data / "t2i_compbench" / FILES[3]).write_text("\n")
-    with pytest.raises(InputError, match=r"spatial_val\.txt: has no prompts"):
+    with pytest.raises(InputError, match=r"spatial_val\.txt: is empty"):
         find_benchmarks(["t2i_compbench"], inputs=BenchmarkInputs(data))

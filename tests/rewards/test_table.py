@@ -310,7 +310,7 @@ def test_a_name_of_an_earlier_version_is_refused_with_the_new_one(old: str, new:
 
 def test_wrong_options_are_told_by_their_names_alone() -> None:
     with pytest.raises(InputError, match=r"rewards\.self_vqa\.options\.pass: unknown key") as caught:
-        build_rewards([RewardConfig(name="self_vqa", options={"bound": 0, "pass": "SECRET"})])
+        build_rewards([RewardConfig(name="self_vqa", options={"kinds": ["count"], "pass": "SECRET"})])
     assert "SECRET" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from lvrpo.config import ALLOW_CODE, Config, load_config
 from lvrpo.data.images import load_image, middle_square
 from lvrpo.data.rows import Row, parse_row
 from lvrpo.errors import InputError
-from lvrpo.reading import parse_json, path_exists, read_text
+from lvrpo.reading import parse_json, path_exists, read_lines
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors
 from lvrpo.training.run_directory import json_text
@@ -73,20 +73,10 @@ def require_new(folder: Path) -> None:
         raise InputError(f"{folder}: exists already: choose another name")
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are not blank."""
-    text = read_text(path, "give a text file")
-    # not splitlines: a row may hold other separators, such as U+2028
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise InputError(f"{path}: is empty: write one line each")
-    return lines
-
-
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(file:line, row) of JSON lines. Any: what JSON holds."""
     rows = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "give a text file"):
         where = f"{path}:{number}"
         row = parse_json(line, where, "one object per line", unique_keys=True)
         if not isinstance(row, dict):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lvrpo.errors import InputError
-from lvrpo.reading import parse_json, read_text
+from lvrpo.reading import parse_json, read_lines
 from lvrpo.types import Fact, Prompt
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -81,14 +81,12 @@ class GenEvalRow:
 def read_metadata(path: Path) -> list[GenEvalRow]:
     """The rows of a file in its order; raises InputError, with file and line, for a row of another format."""
     rows = []
-    for number, line in enumerate(read_text(path, f"give a file such as {METADATA} of GenEval").splitlines()):
-        if not line.strip():
-            continue
-        where = f"{path}:{number + 1}"
+    for number, line in read_lines(path, f"give a file such as {METADATA} of GenEval"):
+        where = f"{path}:{number}"
         raw = parse_json(line, where, "one object per line")
         metadata = _metadata(raw, where)
         prompt = Prompt(
-            f"geneval/{number:05d}",
+            f"geneval/{number - 1:05d}",
             "generate",
             (metadata.prompt,),
             ("image",),
@@ -96,9 +94,7 @@ def read_metadata(path: Path) -> list[GenEvalRow]:
             category=metadata.tag,
             source=path.name,
         )
-        rows.append(GenEvalRow(number, metadata, raw, prompt))
-    if not rows:
-        raise InputError(f"{path}: no rows: give a file such as {METADATA} of GenEval")
+        rows.append(GenEvalRow(number - 1, metadata, raw, prompt))
     return rows
 
 

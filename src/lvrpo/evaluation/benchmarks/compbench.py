@@ -17,7 +17,7 @@ from lvrpo.evaluation.benchmarks.hub_data import HubData
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, NUMBER_WORDS, QuestionScorer, question_benchmark
 from lvrpo.evaluation.suite import Benchmark
-from lvrpo.reading import read_text
+from lvrpo.reading import read_lines
 from lvrpo.types import Fact, Prompt
 
 ATTRIBUTES = ("color", "shape", "texture")
@@ -40,10 +40,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     category = re.sub(r"_(val|train)$", "", path.stem)
     if category not in CATEGORIES:
         raise InputError(f"{path}: is no file of T2I-CompBench++: give {', '.join(FILES)}")
-    lines = [line.strip() for line in read_text(path, f"give {path.name} of T2I-CompBench++").splitlines()]
-    found = [
+    return [
         Prompt(
-            f"t2i_compbench/{category}/{number:04d}",
+            f"t2i_compbench/{category}/{number - 1:04d}",
             "generate",
             (line,),
             ("image",),
@@ -51,12 +50,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             category=category,
             source=path.name,
         )
-        for number, line in enumerate(lines)
-        if line
+        for number, line in read_lines(path, f"give {path.name} of T2I-CompBench++")
     ]
-    if not found:
-        raise InputError(f"{path}: has no prompts: give {path.name} of T2I-CompBench++")
-    return found
 
 
 def facts_of(text: str, category: str) -> tuple[Fact, ...]:

@@ -19,11 +19,12 @@ from lvrpo.data.geneval import (
 )
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.evaluation.benchmarks.detectors import ColorClassifier, Detector
+from lvrpo.evaluation.benchmarks.drawn import drawn_benchmark
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
-from lvrpo.policies.base import Judge, Policy, check_text
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Cell, Scores, image_problem, score_each
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
 from lvrpo.types import Group, Image, Prompt, Trajectory
@@ -129,33 +130,25 @@ def official_rows(path: Path) -> list[GenEvalRow]:
     return rows
 
 
-def drawn_benchmark(
+def geneval_benchmark(
     name: str, prompts: Sequence[Prompt], reward: ConfirmedFacts | GenEvalRules, scored_by: str
 ) -> Benchmark:
-    """A benchmark of drawings with ``SAMPLES`` pictures per prompt, whose score is the mean over categories."""
-    turns = interleave_categories(prompts)
+    """``SAMPLES`` pictures per prompt, whose score is the mean over categories."""
 
-    def check(policy: Policy) -> None:
-        for prompt in turns:
-            texts = [str(prompt.parts[0])]
-            if isinstance(reward, ConfirmedFacts):
-                texts += [text for fact in prompt.facts for text in (fact.question, *(fact.choices or (fact.answer,)))]
-            for text in texts:
-                try:
-                    check_text(policy, text)
-                except InputError as error:
-                    raise InputError(f"benchmark {name}: prompt {prompt.id}: {error}") from None
+    def texts(prompt: Prompt) -> list[str]:
+        asked = [text for fact in prompt.facts for text in (fact.question, *(fact.choices or (fact.answer,)))]
+        return [str(prompt.parts[0]), *(asked if isinstance(reward, ConfirmedFacts) else ())]
 
-    return Benchmark(
+    return drawn_benchmark(
         name,
-        lambda n: turns[:n],
-        n=len(turns),
+        interleave_categories(prompts),
+        reward,
+        f"GenEval, {len(prompts)} prompts, {OFFICIAL}",
+        scored_by,
+        metric="success",
         samples=SAMPLES,
-        check=check,
-        reward=reward,
         mean_over="categories",
-        own_sampling=True,
-        details={"data": f"GenEval, {len(turns)} prompts, {OFFICIAL}", "scored_by": scored_by},
+        texts=texts,
     )
 
 
@@ -173,13 +166,13 @@ def build_geneval(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     )
     colors = ColorClassifier(inputs.color_classifier, inputs.device)
     reward = GenEvalRules({row.prompt.id: row.metadata for row in rows}, detector, colors)
-    return [drawn_benchmark("geneval", [r.prompt for r in rows], reward, f"{detector.identity}; {colors.identity}")]
+    return [geneval_benchmark("geneval", [r.prompt for r in rows], reward, f"{detector.identity}; {colors.identity}")]
 
 
 def build_geneval_vqa(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     """The same prompts, whose questions a frozen policy answers."""
     prompts = [row.prompt for row in official_rows(folder / METADATA)]
-    return [drawn_benchmark("geneval_vqa", prompts, ConfirmedFacts(), "the questions of the metadata, by the judge")]
+    return [geneval_benchmark("geneval_vqa", prompts, ConfirmedFacts(), "the questions of the metadata, by the judge")]
 
 
 def write_layout(folder: Path, rows: Sequence[GenEvalRow], pictures: Mapping[str, Sequence[bytes]]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.suite import Benchmark
-from lvrpo.policies.base import Policy, check_text
-from lvrpo.reading import read_text
+from lvrpo.reading import read_lines
 from lvrpo.rewards.verifiable_image import OCR, asked_text
 from lvrpo.types import Prompt
 
@@ -20,46 +18,20 @@ PROMPTS = "test.txt"
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a text file; raises InputError, with file and line, for one without text in quotation marks."""
     found = []
-    for number, line in enumerate(read_text(path, "give a file with a prompt a line").splitlines()):
-        if not line.strip():
-            continue
-        prompt = Prompt(f"ocr/{number:05d}", "generate", (line.strip(),), ("image",), source=path.name)
+    for number, line in read_lines(path, "give a file with a prompt a line"):
+        prompt = Prompt(f"ocr/{number - 1:05d}", "generate", (line,), ("image",), source=path.name)
         if asked_text(prompt) is None:
-            raise InputError(f"{path}:{number + 1}: no text in quotation marks: say which text is to be drawn")
+            raise InputError(f"{path}:{number}: no text in quotation marks: say which text is to be drawn")
         found.append(prompt)
-    if not found:
-        raise InputError(f"{path}: no prompts: give a file with a prompt a line")
     return found
-
-
-def readable(name: str, prompts: Sequence[Prompt], policy: Policy) -> None:
-    """Raises InputError, which names the prompt, where a policy cannot read one."""
-    for prompt in prompts:
-        try:
-            check_text(policy, str(prompt.parts[-1]))
-        except InputError as error:
-            raise InputError(f"benchmark {name}: prompt {prompt.id}: {error}") from None
 
 
 def build(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     """The prompts, scored by the reward ``ocr``."""
     prompts = read_prompts(folder / PROMPTS)
-    digest = hashlib.sha256("\n".join(str(p.parts[0]) for p in prompts).encode()).hexdigest()[:12]
-    return [
-        Benchmark(
-            "ocr",
-            lambda n: prompts[:n],
-            n=len(prompts),
-            metric="reward",
-            check=lambda policy: readable("ocr", prompts, policy),
-            reward=OCR(),
-            own_sampling=True,
-            details={
-                "data": f"{len(prompts)} prompts, {digest}",
-                "scored_by": "rapidocr, 1 - normalized edit distance",
-            },
-        )
-    ]
+    version = digest("\n".join(str(prompt.parts[0]) for prompt in prompts))
+    data = f"{len(prompts)} prompts, {version}"
+    return [drawn_benchmark("ocr", prompts, OCR(), data, "rapidocr, 1 - normalized edit distance")]
 
 
 BENCHMARK = PublishedBenchmark(

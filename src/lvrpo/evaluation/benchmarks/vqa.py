@@ -7,10 +7,9 @@ OpenAI-compatible address.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import ClassVar
 
 from lvrpo.config import parse_section, read_yaml
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.ocr import readable
+from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
-from lvrpo.reading import Record, parse_typed_json, read_text
+from lvrpo.reading import Record, parse_typed_json, read_lines, read_text
 from lvrpo.records import MeanOver
 from lvrpo.rewards.base import Cell, Failures, Scores, scorable_images
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig
@@ -116,20 +115,16 @@ class GenEval2Row(Record):
 def read_geneval2(path: Path) -> list[Prompt]:
     """The prompts of a file with their questions; raises InputError, with file and line."""
     found = []
-    for number, line in enumerate(read_text(path, f"give {GENEVAL2_FILE} of GenEval 2").splitlines()):
-        if not line.strip():
-            continue
-        where = f"{path}:{number + 1}"
+    for number, line in read_lines(path, f"give {GENEVAL2_FILE} of GenEval 2"):
+        where = f"{path}:{number}"
         row = parse_typed_json(line, GenEval2Row, where, "give a file of GenEval 2")
         pairs, skills = row["vqa_list"], row["skills"]
         if not pairs or len(pairs) != len(skills) or any(len(pair) != 2 for pair in pairs):
             raise InputError(f"{where}: vqa_list must hold a question with its answer for each of skills: restore it")
         facts = tuple(_geneval2_fact(pair[0], pair[1], skill) for pair, skill in zip(pairs, skills, strict=True))
-        key = f"geneval2/{number:05d}"
+        key = f"geneval2/{number - 1:05d}"
         category = f"{row['atom_count']} atoms"
         found.append(Prompt(key, "generate", (row["prompt"],), ("image",), None, facts, category, path.name))
-    if not found:
-        raise InputError(f"{path}: no rows: give {GENEVAL2_FILE} of GenEval 2")
     return found
 
 
@@ -222,20 +217,8 @@ def question_benchmark(
 ) -> Benchmark:
     """A benchmark of drawings whose prompts come with questions."""
     text = "\n".join(str((p.parts, [(f.question, f.answer) for f in p.facts])) for p in prompts)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    details: Mapping[str, str] = {"data": f"{len(prompts)} prompts, {digest}", "scored_by": scorer.judged_by}
-    return Benchmark(
-        name,
-        lambda n: prompts[:n],
-        n=len(prompts),
-        samples=samples,
-        metric="reward",
-        check=lambda policy: readable(name, prompts, policy),
-        reward=scorer,
-        mean_over=mean_over,
-        own_sampling=True,
-        details=details,
-    )
+    data = f"{len(prompts)} prompts, {digest(text)}"
+    return drawn_benchmark(name, prompts, scorer, data, scorer.judged_by, samples=samples, mean_over=mean_over)
 
 
 NEEDS = "nothing: the model's own reading side, --judge MODEL; or --vlm FOLDER or ENDPOINT.yaml"

@@ -6,7 +6,6 @@ picture is right or wrong. The instructions to the judge are lvrpo's own words f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any, ClassVar
 
 from lvrpo.data.geneval import interleave_categories
 from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
 from lvrpo.evaluation.benchmarks.hub_data import HubData, Rows
-from lvrpo.evaluation.benchmarks.ocr import readable
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
 from lvrpo.evaluation.suite import Benchmark
@@ -242,19 +241,8 @@ def build(protocol: Protocol, folder: Path, inputs: BenchmarkInputs) -> list[Ben
     prompts = interleave_categories([prompt for prompt, _ in rows.values()])
     scorer = WiScore(protocol, {key: explanation for key, (_, explanation) in rows.items()}, judge)
     text = "\n".join(f"{prompt.parts} {explanation}" for prompt, explanation in rows.values())
-    digest = hashlib.sha256(f"{REQUEST}{protocol.aspects}{text}".encode()).hexdigest()[:12]
-    return [
-        Benchmark(
-            protocol.name,
-            lambda n: prompts[:n],
-            n=len(prompts),
-            metric="reward",
-            check=lambda policy: readable(protocol.name, prompts, policy),
-            reward=scorer,
-            own_sampling=True,
-            details={"data": f"{len(prompts)} prompts, {digest}", "scored_by": judge.judged_by},
-        )
-    ]
+    data = f"{len(prompts)} prompts, {digest(f'{REQUEST}{protocol.aspects}{text}')}"
+    return [drawn_benchmark(protocol.name, prompts, scorer, data, judge.judged_by)]
 
 
 def files_of(rows: Mapping[str, Rows], protocol: Protocol) -> dict[str, str]:
