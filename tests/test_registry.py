@@ -204,7 +204,6 @@ def test_a_configuration_runs_no_shell(consent: list[str], capfd: pytest.Capture
     [
         "rewards: [{name: 'evil:P'}]",
         "rewards: [{name: ocr, options: {reader: 'evil:P'}}]",
-        "rewards: [{name: conservative_ensemble, options: {members: [{name: 'evil:P'}, {name: self_vqa}]}}]",
         "data: {source: 'evil:P'}",
     ],
 )

@@ -322,8 +322,6 @@ class RewardTable:
     """The judge policy: class and hash of the weights."""
     judged_by: Mapping[str, str] = field(default_factory=dict)
     """External judges by reward: model and address, or folder and fingerprint."""
-    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """float32 (P, G) by reward: variance of the estimate of a stochastic score; nan where unknown."""
     normalize: Mapping[str, str] = field(default_factory=dict)
     """Normalization by reward, where it differs from that of ``advantages.kind``: group, batch or none."""
     cut: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -70,15 +70,15 @@ def test_samples_are_a_function_of_policy_and_arguments(small_base: Path) -> Non
 
 
 def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Output) -> None:
-    bound = "{name: conservative_ensemble, label: bound, options: {members: [{name: self_vqa}, {name: caption_back}]}}"
+    counts = "{name: self_vqa, label: counts, options: {kinds: [count, total]}}"
     arguments = ["audit", "--judge", str(small_base), "--samples", str(small_base), "--n", "1", "--device", "cpu"]
-    assert main([*arguments, "--also", f"[{bound}, self_vqa]", "--json", "samples.json"]) == 0
+    assert main([*arguments, "--also", f"[{counts}, self_vqa]", "--json", "samples.json"]) == 0
     out = capfd.readouterr().out
     assert "truth: scene_facts, success" in out
     found = json.loads(Path("samples.json").read_text())
     assert (found["n"], found["seed"], list(found["tasks"])) == (1, 0, ["understand", "generate", "edit", "reason"])
     drawings = [row["name"] for row in found["tasks"]["generate"]["validity"]]
-    expected = {row.title for row in REWARDS} - {"agreement", "edit_consistency"} | {"bound"}
+    expected = {row.title for row in REWARDS} - {"agreement", "edit_consistency"} | {"counts"}
     assert set(drawings) == expected
     assert all(name in out for name in drawings)
     for row in found["tasks"]["generate"]["validity"]:
@@ -99,7 +99,7 @@ def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Out
         ),
         (["--judge", "tiny", "--also", "[3]"], "--also[0]: must be a section of 'key: value' lines"),
         (["--judge", "tiny", "--also", "[self_vqa, self_vqa]"], "two entries are called 'self_vqa'"),
-        (["--judge", "tiny", "--also", "[{name: conservative_ensemble}]"], "conservative_ensemble"),
+        (["--judge", "tiny", "--also", "[{name: conservative_ensemble}]"], "was removed: give its members"),
     ],
 )
 def test_wrong_options_are_one_line(arguments: list[str], message: str, capfd: Output) -> None:

@@ -85,7 +85,6 @@ REWARDS: dict[str, dict[str, Any]] = {
     "scene_facts": {},
     "edit_consistency": {},
     "edit_consistency, pixels": {"ask": False},
-    "conservative_ensemble": {"members": [{"name": "self_vqa"}, {"name": "knowledge"}], "scale": "raw"},
 }
 BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
@@ -143,7 +142,7 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
-READING = ("self_vqa", "instruction", "knowledge", "conservative_ensemble", "edit_consistency")
+READING = ("self_vqa", "instruction", "knowledge", "edit_consistency")
 READ = [name for name in ASKED if name.split(",")[0] in READING]
 """They take log-probs of texts for what they are; the others compare numbers of any size."""
 NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]

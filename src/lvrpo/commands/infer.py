@@ -93,8 +93,9 @@ def _generate_options(parser: Parser) -> None:
 
 
 def generate(options: Options) -> None:
-    from lvrpo.commands.inputs import read_lines, write_file
+    from lvrpo.commands.inputs import write_file
     from lvrpo.pictures import png
+    from lvrpo.reading import read_lines
 
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
@@ -108,7 +109,7 @@ def generate(options: Options) -> None:
             f"{options.prompts}: {kind} is no list of prompts: give a text file, a prompt per line, or .jsonl"
         )
     else:
-        texts = [line for _, line in read_lines(options.prompts)]
+        texts = [line for _, line in read_lines(options.prompts, "write one line each")]
     numbers = range(len(texts) * options.count)
     refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
     prompts = [_drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]

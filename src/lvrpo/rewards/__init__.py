@@ -5,7 +5,6 @@ from collections.abc import Mapping
 REWARDS: Mapping[str, str] = {
     # the model judges itself
     "self_vqa": "lvrpo.rewards.self_vqa:SelfVQA",
-    "conservative_ensemble": "lvrpo.rewards.conservative_ensemble:ConservativeEnsemble",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
     # the published reward's three terms
@@ -28,11 +27,13 @@ REWARDS: Mapping[str, str] = {
 }
 """Every built-in reward. One of your own is named ``my_package.module:Name``; ``function`` is the shortest way."""
 
-RENAMED: Mapping[str, str] = {
-    "own_vqa": "self_vqa",
-    "lower_bound": "conservative_ensemble",
-    "drawn_text": "ocr",
+_ENSEMBLE = "was removed: give its members as rewards, one of them with weight 0 for validation.overoptimization"
+OLD_NAMES: Mapping[str, str] = {
+    "own_vqa": "is called self_vqa now",
+    "drawn_text": "is called ocr now",
+    "lower_bound": _ENSEMBLE,
+    "conservative_ensemble": _ENSEMBLE,
 }
-"""Names of earlier versions, which are refused with the one that is used now."""
+"""Names of earlier versions, which are refused with what to use now."""
 
-__all__ = ["RENAMED", "REWARDS"]
+__all__ = ["OLD_NAMES", "REWARDS"]

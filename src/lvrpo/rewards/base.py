@@ -40,9 +40,6 @@ class Scores:
     """float32 (P, G)."""
     failures: Mapping[Cell, str] = field(default_factory=dict)
     """Reasons of missing scores, by (group, member); the value there is never used."""
-    noise: torch.Tensor | None = None
-    """float32 (P, G): variance of a score due to the random draws of its estimate, without what all group members
-    share; nan where it was not estimated. None: the reward is deterministic."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], found: Mapping[Cell, float | torch.Tensor], failures: Failures) -> Scores:

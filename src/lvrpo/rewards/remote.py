@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -32,9 +32,6 @@ ROOM_S = 120.0
 DEATHS = 2
 """Deaths of its actor after which a group has no scores."""
 T = TypeVar("T")
-Failures = Mapping[tuple[int, int], str]
-Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
-"""The scores of a group: (1, G) values, reasons of missing ones, and their noise."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class RewardActor:
         """Whether each can be scored."""
         return _or_error(lambda: [self._reward().scores(prompt) for prompt in prompts])
 
-    def score(self, group: Group) -> Iterator[Found | LvrpoError | None]:
+    def score(self, group: Group) -> Iterator[Scores | LvrpoError | None]:
         """None when it begins, then what was found: who waits knows whose call an actor died of."""
         yield None
         nobody: Any = None
@@ -210,18 +207,15 @@ class RemoteReward:
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """See ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
         found = _Scoring(self, groups).found()
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        noise, noisy, failures = values.clone(), False, {}
+        values, failures = torch.full((len(groups), len(groups[0])), math.nan), {}
         for p in range(len(groups)):
             of = found[p]
             if isinstance(of, str):
                 failures |= {(p, g): of for g in range(len(groups[0]))}
                 continue
-            values[p] = of[0][0]
-            failures |= {(p, g): why for (_, g), why in of[1].items()}
-            if of[2] is not None:
-                noise[p], noisy = of[2][0], True
-        return Scores(values, failures, noise if noisy else None)
+            values[p] = of.values[0]
+            failures |= {(p, g): why for (_, g), why in of.failures.items()}
+        return Scores(values, failures)
 
     @property
     def longest_wait(self) -> float:
@@ -292,11 +286,11 @@ class _Scoring:
     def __init__(self, reward: RemoteReward, groups: Sequence[Group]) -> None:
         self.reward, self.groups, self.ray = reward, groups, reward.ray
         self.todo = deque(range(len(groups)))
-        self.done: dict[int, Found | str] = {}
+        self.done: dict[int, Scores | str] = {}
         self.calls: dict[Any, _Call] = {}  # by what Ray gives for a call
         self.deaths, self.own_deaths = Counter[int](), Counter[int]()
 
-    def found(self) -> dict[int, Found | str]:
+    def found(self) -> dict[int, Scores | str]:
         """The scores of every group, or the reason why it has none; raises the LvrpoErrors of the reward."""
         while len(self.done) < len(self.groups):
             self.reward.poll_actors(0)
@@ -319,7 +313,7 @@ class _Scoring:
     def _collect(self, asked: Any, call: _Call) -> None:
         """Handles an actor's answer for a group. Any: an object of Ray."""
         try:
-            reply: Found | LvrpoError | None = self.ray.get(next(asked))
+            reply: Scores | LvrpoError | None = self.ray.get(next(asked))
         except self.ray.exceptions.RayActorError:
             del self.calls[asked]
             self.reward.restarting(call.replica)

@@ -20,7 +20,7 @@ from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Judge
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
-from lvrpo.rewards import RENAMED, REWARDS
+from lvrpo.rewards import OLD_NAMES, REWARDS
 from lvrpo.rewards.base import SIDES, Reward, Scores, Side, join_judges, judge_fingerprint
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.secrets import is_secret_name, looks_like_secret
@@ -85,8 +85,8 @@ class WeightSchedule(Config):
 
 
 def _name_of_today(name: str) -> str:
-    if name in RENAMED:
-        raise ValueError(f"is called {RENAMED[name]} now")
+    if name in OLD_NAMES:
+        raise ValueError(OLD_NAMES[name])
     return name
 
 
@@ -261,25 +261,19 @@ def make_reward(config: RewardConfig, section: str = "") -> Reward:
         ) from error
 
 
-def checked_scores(
-    source: RewardSource, groups: Sequence[Group], judge: Judge
-) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
-    """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
+def checked_scores(source: RewardSource, groups: Sequence[Group], judge: Judge) -> Scores:
+    """The scores of one reward, with every cell that is no number among the failures."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
         with _preserve_global_state():
             result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
-        failures, noise = dict(result.failures), result.noise
+        failures = dict(result.failures)
     except LvrpoError:
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything: masked or a stop, as configured
-        result = Scores(torch.full((P, G), math.nan))
-        noise, values, failures = (
-            None,
-            result.values,
-            {(p, g): describe_error(error) for p in range(P) for g in range(G)},
-        )
+        values = torch.full((P, G), math.nan)
+        failures = {(p, g): describe_error(error) for p in range(P) for g in range(G)}
     if values.shape != (P, G):
         raise ContractError(
             f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"
@@ -289,7 +283,7 @@ def checked_scores(
     if failures and source.config.on_failure == "stop":
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
-    return values, failures, noise
+    return Scores(values, failures)
 
 
 @contextmanager

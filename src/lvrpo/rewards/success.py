@@ -122,7 +122,8 @@ class HeldOutScorer:
         if self.success is None or not groups:
             return [], {}
         no_judge: Any = None  # a rule calls none
-        values, failures, _ = checked_scores(self.success, groups, no_judge)
+        scores = checked_scores(self.success, groups, no_judge)
+        values, failures = scores.values, scores.failures
         for cell in failures:
             values[cell] = math.nan
         named, known = f"success {self.success.config.title!r}", values[values.isfinite()].tolist()

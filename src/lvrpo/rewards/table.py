@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -83,7 +82,6 @@ def score_groups_unchecked(
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
     reasons: dict[tuple[int, int, int], str] = {}
-    noise: dict[str, torch.Tensor] = {}
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         if isinstance(source.reward, RemoteReward):  # one call for all
@@ -91,19 +89,17 @@ def score_groups_unchecked(
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             of = [groups[p] for p in chosen]
-            result, failures, own_noise = checked_scores(source, of, source.judge or judge)
+            checked = checked_scores(source, of, source.judge or judge)
+            result = checked.values
             if source.config.clip is not None:
                 low, high = source.config.clip
                 clipped = result.clamp(low, high)
                 cut[source.config.title] = torch.zeros(P, G, dtype=torch.bool)
                 cut[source.config.title][chosen] = (clipped != result) & result.isfinite()
                 result = clipped
-            if own_noise is not None:
-                noise[source.config.title] = torch.full((P, G), math.nan)
-                noise[source.config.title][chosen] = own_noise
             scores[chosen, :, k] = torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
             mask[chosen, :, k] = True
-            for (row, g), reason in failures.items():
+            for (row, g), reason in checked.failures.items():
                 mask[chosen[row], g, k] = False
                 reasons[chosen[row], g, k] = f"failed: {reason}"
         for p in set(range(P)) - set(chosen):
@@ -118,7 +114,6 @@ def score_groups_unchecked(
         judges={source.config.title: source.judges for source in sources},
         judge=judge_fingerprint(judge),
         judged_by={source.config.title: name for source in sources if (name := source.judged_by)},
-        noise=noise,
         normalize={s.config.title: s.config.normalize for s in sources if s.config.normalize is not None},
         cut=cut,
     )

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-import torch
-
 from lvrpo.distributed import gather, gather_with_tensors, rank, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
@@ -116,7 +114,6 @@ def join_tables(parts: Sequence[tuple[Sequence[int], RewardTable | None]], group
         mask=first.mask.new_zeros(P, *first.mask.shape[1:]),
         reasons={},
         tasks=tuple(group.prompt.task for group in groups),
-        noise={},
         cut={},
     )
     for rows, table in tables:
@@ -130,13 +127,10 @@ def replace_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) ->
     scores[rows], mask[rows] = other.scores, other.mask
     reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
     reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
-    columns: dict[str, dict[str, torch.Tensor]] = {}
-    for name in ("noise", "cut"):  # mappings of (P, G) tensors
-        columns[name] = {title: values.clone() for title, values in getattr(table, name).items()}
-        for title, values in getattr(other, name).items():
-            unknown = torch.nan if name == "noise" else False
-            columns[name].setdefault(title, values.new_full(table.mask.shape[:2], unknown))[rows] = values
-    return replace(table, scores=scores, mask=mask, reasons=reasons, noise=columns["noise"], cut=columns["cut"])
+    cut = {title: values.clone() for title, values in table.cut.items()}
+    for title, values in other.cut.items():
+        cut.setdefault(title, values.new_zeros(table.mask.shape[:2]))[rows] = values
+    return replace(table, scores=scores, mask=mask, reasons=reasons, cut=cut)
 
 
 def group_successes(groups: Sequence[Group], scorer: HeldOutScorer = SUCCESS_ONLY) -> dict[int, list[float]]:

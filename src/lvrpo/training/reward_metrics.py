@@ -1,4 +1,4 @@
-"""Reward metrics of a step: means, success rate, estimation noise, and failed scores with their reasons."""
+"""Reward metrics of a step: means, success rate, and failed scores with their reasons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_REASON_LENGTH = 200
 
 
 def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
-    """Mean, clipped share, noise share and failures of every reward per task, and the success rate.
+    """Mean, clipped share and failures of every reward per task, and the success rate.
 
     ``successes``: by row of the table (``group_successes``).
     """
@@ -32,20 +32,8 @@ def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequen
                 out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
             if name in table.cut and valid.any():
                 out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
-            if name in table.noise and (share := noise_share(table, k, rows)) is not None:
-                out[f"{prefix}_noise/{task}/{name}"] = share
             out |= failed_scores(prefix, table, rows, k)
     return out
-
-
-def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None:
-    """The share of a reward's within-group variance that is estimation noise; None if unknown."""
-    noise, mask = table.noise[table.names[k]][rows], table.mask[rows, :, k]
-    whole = mask.all(dim=1) & noise.isfinite().all(dim=1)
-    if not whole.any():
-        return None
-    spread = table.scores[rows, :, k][whole].var(dim=1, correction=0).sum()
-    return float(noise[whole].mean(dim=1).sum() / spread) if spread > 0 else None
 
 
 def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) -> dict[str, float | str]:
