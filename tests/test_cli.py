@@ -234,14 +234,15 @@ def test_ask_answers_one_question_and_many(small_base: Path, capfd: Output) -> N
     assert output.err == ""
     answer = output.out.strip()
     assert set(answer.split()) <= set(VOCABULARY)
-    rows = [{"image": "red.png", "question": "What color is the circle?", "id": 7}] * 2
+    rows = [{"images": ["red.png"], "prompt": "What color is the circle?", "category": "color"}] * 2
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["ask", base, "--questions", "asked.jsonl"]) == 0
-    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [{**r, "answer": answer} for r in rows]
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [{**r, "output": answer} for r in rows]
     assert main(["ask", base, "--questions", "asked.jsonl", "--out", "answers.jsonl"]) == 0
     assert len(Path("answers.jsonl").read_text().splitlines()) == 2
-    (line,) = capfd.readouterr().err.splitlines()[-1:]
-    assert line == 'warning: asked.jsonl: "image" and "question" are now "images": [...] and "prompt"'
+    Path("asked.jsonl").write_text(json.dumps({"image": "red.png", "question": "what ?"}) + "\n")
+    assert main(["ask", base, "--questions", "asked.jsonl"]) == 2
+    assert "asked.jsonl:1: field 'image' is of an older format: write \"images\"" in capfd.readouterr().err
     row = {"task": "understand", "images": ["red.png"], "prompt": "What color is the circle?", "answer": "red"}
     Path("asked.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["ask", base, "--questions", "asked.jsonl"]) == 0

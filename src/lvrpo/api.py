@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from lvrpo.evaluation.experiment import (
     TEST_ROWS,
     Experiment,
     Plan,
-    ProgressListener,
     held_out_plan,
     warn_without_test,
 )
@@ -113,19 +111,9 @@ def train(
     trainer = Trainer.start(resolved, folder, custom=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
         warn_without_test(resolved)
-    listener: AbstractContextManager[ProgressListener] = (
-        Progress(resolved.steps) if progress else nullcontext(_NoProgress())
-    )
+    listener = Progress(resolved.steps, quiet=not progress)
     with trainer.run, listener as watch, Experiment(trainer, plan, watch) as experiment:
         return Trained(folder, experiment.run_all())
-
-
-class _NoProgress:
-    def phase(self, text: str) -> None:
-        """Prints nothing."""
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Prints nothing."""
 
 
 def _resolve_config(config: TrainConfig | Path | str, overrides: Sequence[str]) -> TrainConfig:

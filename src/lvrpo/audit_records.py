@@ -1,7 +1,7 @@
 """Typed records of the audits of rewards (``audit.json``), of judges and of a model's samples.
 
-They are written with ``dataclasses.asdict`` and read back with ``records.from_json``. docs/audit.md explains every
-number.
+They are written with ``dataclasses.asdict`` and read back with ``records.from_json``. docs/concepts/reward_audit.md
+explains every number.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ def ask(options: Options) -> None:
         prompts = [prompt(_question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
         answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
-            json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False) for row, a in zip(rows, answers, strict=True)
+            json.dumps({**row.row, "output": answer}, ensure_ascii=False)  # "answer" may hold the right one
+            for row, answer in zip(rows, answers, strict=True)
         ]
     text = "".join(line + "\n" for line in lines)
     if options.out is not None:
@@ -209,8 +210,6 @@ class QuestionRow:
     """file:line"""
     row: dict[str, Any]
     parts: tuple[Part, ...]
-    answer_key: str
-    """Under which the answer is written: ``answer`` may hold the right one."""
 
     def require_readable(self, policy: Policy) -> None:
         """Raises InputError, with file and line, where the policy cannot read the question."""
@@ -223,20 +222,14 @@ class QuestionRow:
 
 
 def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
-    """Reads rows; resizes their pictures to the model's size, with one message.
-
-    The former fields 'image' and 'question' are accepted, with one line that names the present ones.
-    """
+    """Reads rows; resizes their pictures to the model's size, with one message."""
     from lvrpo.commands.inputs import checked_row, read_rows
     from lvrpo.data.images import load_image, middle_square
     from lvrpo.data.jsonl import picture_path
 
-    found, older, odd = [], 0, []
+    found, odd = [], []
     for where, row in read_rows(table):
-        is_older = "question" in row and isinstance(row.get("image"), str)
-        older += is_older
-        data = {"prompt": row["question"], "images": [row["image"]]} if is_older else row
-        parsed = checked_row(data, "understand", where)
+        parsed = checked_row(row, "understand", where)
         if parsed.kinds != ("text",) or not parsed.images:
             raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
         paths = [picture_path(table.parent, name, where, root=root) for name in parsed.images]
@@ -244,9 +237,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
         if side is not None:
             odd += [path for path, image in zip(paths, images, strict=True) if image.shape[1:] != (side, side)]
             images = [middle_square(image, side) for image in images]
-        found.append(QuestionRow(where, row, (*images, parsed.prompt), "answer" if is_older else "output"))
-    if older:
-        print(f'warning: {table}: "image" and "question" are now "images": [...] and "prompt"', file=sys.stderr)
+        found.append(QuestionRow(where, row, (*images, parsed.prompt)))
     if odd:
         which = f"picture {odd[0]} is" if len(odd) == 1 else f"{len(odd)} pictures, such as {odd[0]}, are"
         print(f"warning: {table}: {which} of another size: resized to {side} x {side}", file=sys.stderr)

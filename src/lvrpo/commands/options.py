@@ -91,15 +91,13 @@ class Command:
     """Raises InputError for wrong input that is found without torch and the training code; called before ``run``."""
 
 
-def up_to(most: int) -> Callable[[str], int]:
-    """Whole numbers from 1 to ``most``."""
+def up_to(most: int, least: int = 1) -> Callable[[str], int]:
+    """Whole numbers from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         number = whole(text)
-        if number < 1:
-            raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
-        if number > most:
-            raise argparse.ArgumentTypeError(f"{text}: must be <= {most}")
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be {f'<= {most}' if number > most else f'>= {least}'}")
         return number
 
     return read
@@ -109,6 +107,8 @@ positive = up_to(1_000_000)
 threads = up_to(1024)
 num_steps = up_to(1000)
 max_new_tokens = up_to(100_000)
+port = up_to(65_535, 0)
+"""A port of TCP; 0: a free one."""
 
 
 def whole(text: str) -> int:
@@ -119,14 +119,6 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{text}: must be >= 0 and < 2^63")
-    return number
-
-
-def port(text: str) -> int:
-    """A port of TCP; 0: a free one."""
-    number = whole(text)
-    if number > 65535:
-        raise argparse.ArgumentTypeError(f"{text}: must be <= 65535")
     return number
 
 

@@ -41,7 +41,7 @@ from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
 from lvrpo.rewards.self_vqa import Choices, Reader, SelfVQA
 from lvrpo.rewards.verifiable_image import fact_table, unverifiable
 from lvrpo.rewards.verifiable_text import FORMS, CutOff, score_texts, text_problem
-from lvrpo.types import Fact, Group, Parts, Prompt
+from lvrpo.types import Fact, Group, Prompt
 
 # --- semantic ---
 
@@ -171,6 +171,24 @@ class _Asks(Config):
         """None: the judge reads. Loaded when it is first asked."""
         return None if self.source == OWN else ExternalVLM(self.source, self.device)
 
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: Failures = {}
+        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
+        written = [p for p in range(len(groups)) if p not in drawn]
+        for places, score in ((drawn, self._drawings), (written, self._texts)):
+            if places:
+                scores = score([groups[p] for p in places], judge)
+                values[places] = scores.values
+                failures |= {(places[i], g): reason for (i, g), reason in scores.failures.items()}
+        return Scores(values, failures)
+
+    def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        raise NotImplementedError
+
+    def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        raise NotImplementedError
+
 
 class Instruction(_Asks):
     """Binary satisfaction of constraints (LVRPO, arXiv:2603.27693, the term r_ins). Range {0, 1}.
@@ -216,18 +234,6 @@ class Instruction(_Asks):
         if self.by == "vqa":
             return self._vqa.applies(prompt)
         return bool(self._facts(prompt)) and all(fact.check for fact in prompt.facts)
-
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: Failures = {}
-        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
-        written = [p for p in range(len(groups)) if p not in drawn]
-        for places, score in ((drawn, self._drawings), (written, self._texts)):
-            if places:
-                scores = score([groups[p] for p in places], judge)
-                values[places] = scores.values
-                failures |= {(places[i], g): reason for (i, g), reason in scores.failures.items()}
-        return Scores(values, failures)
 
     def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
@@ -316,29 +322,18 @@ class Knowledge(_Asks):
             return self._vqa.applies(prompt)
         return bool(prompt.images)
 
-    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        reader: Reader = self._reader or judge
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: Failures = {}
-        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
-        if drawn:
-            found, missing = self._vqa.confidences([groups[p] for p in drawn], judge, reader)
-            for (i, g), confidences in found.items():
-                values[drawn[i], g] = confidences.mean()
-            failures |= {(drawn[i], g): reason for (i, g), reason in missing.items()}
-        rows: list[tuple[int, int, Parts, str]] = []
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories if p not in drawn else ()):
-                if problem := text_problem(trajectory):
-                    failures[p, g] = problem
-                else:
-                    rows.append((p, g, group.prompt.parts, trajectory.text or ""))
-        if rows:
-            contexts, texts = [parts for _, _, parts, _ in rows], [text for *_, text in rows]
-            logprobs = require_method(reader, "text_logprob").text_logprob(contexts, texts)
-            found = zip(rows, logprobs.tolist(), probabilities(logprobs).cpu(), strict=True)
-            for (p, g, _, _), logprob, probability in found:
-                values[p, g] = probability
-                if problem := logprob_problem(logprob):
-                    failures[p, g] = problem
-        return Scores(values, failures)
+    def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
+        return Scores.of(groups, {cell: confidences.mean() for cell, confidences in found.items()}, failures)
+
+    def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        cells = {(p, g): t for p, group in enumerate(groups) for g, t in enumerate(group.trajectories)}
+        failures = {cell: problem for cell, t in cells.items() if (problem := text_problem(t))}
+        asked = {cell: t for cell, t in cells.items() if cell not in failures}
+        if not asked:
+            return Scores.of(groups, {}, failures)
+        contexts, texts = [t.prompt.parts for t in asked.values()], [t.text or "" for t in asked.values()]
+        logprobs = require_method(self._reader or judge, "text_logprob").text_logprob(contexts, texts)
+        found = dict(zip(asked, probabilities(logprobs).cpu(), strict=True))
+        problems = {cell: logprob_problem(one) for cell, one in zip(asked, logprobs.tolist(), strict=True)}
+        return Scores.of(groups, found, failures | {cell: why for cell, why in problems.items() if why})
