@@ -55,7 +55,6 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 Natural = Annotated[int, Field(ge=0, le=100_000)]
-Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 C = TypeVar("C", bound=Config)

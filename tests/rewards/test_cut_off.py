@@ -102,14 +102,14 @@ def test_a_description_that_was_cut_off_does_not_count(group: Callable[..., Grou
 
     class Describer:
         def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-            made = [offline_group(prompt, [["red cat"], ["red dog and"]][: sampling.group_size]) for prompt in prompts]
-            return [cut(one, *self.cut) for one in made]
+            assert sampling.group_size == 1
+            return [cut(offline_group(prompt, [["red cat"]]), *self.cut) for prompt in prompts]
 
         def __init__(self, *cut: int) -> None:
             self.cut = cut
 
     drawn = [group(draw, [[BLANK]])]
-    one_of_two = CaptionBack(samples=2).score(drawn, Describer(1))  # type: ignore[arg-type]
-    assert one_of_two.values.tolist() == [[1.0]]
+    whole = CaptionBack().score(drawn, Describer())  # type: ignore[arg-type]
+    assert whole.values.tolist() == [[pytest.approx(1.0)]]
     none = CaptionBack(max_new_tokens=5).score(drawn, Describer(0))  # type: ignore[arg-type]
     assert none.failures == {(0, 0): "the judge's description was cut off at 5 tokens"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from lvrpo.config import Config
+from lvrpo.metrics import answer_entropy
 from lvrpo.policies.base import Judge, require_method
 from lvrpo.rewards.base import Cell, Failures, Scores, logprob_problem
 from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
@@ -93,12 +93,12 @@ class Agreement(Config):
         found = {}
         for category in {group.prompt.category for group in groups}:
             rows = [p for p, group in enumerate(groups) if group.prompt.category == category]
-            chosen = Counter(majorities[p] for p in rows if majorities[p] is not None)
+            chosen = [answer for p in rows if (answer := majorities[p]) is not None]
             given = {answer for p in rows for answer in answers[p] if answer}
-            if chosen.total() < self.floor_groups:
+            if len(chosen) < self.floor_groups:
                 continue
             limit = self.entropy_floor * math.log(max(2, len(given)))
-            if entropy(chosen) < limit:
+            if answer_entropy(chosen) * math.log(2) < limit:
                 found[category] = f"agreement collapsed: the majorities of {category or 'all questions'} are all alike"
         return found
 
@@ -119,9 +119,3 @@ def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge:
             answer = normalize_answer(text)
             tallies[p][answer] = tallies[p].get(answer, 0.0) + math.exp(logprob)
     return tallies
-
-
-def entropy(counts: Counter[str | None]) -> float:
-    """- sum_a q_a log q_a of relative frequencies, in nats."""
-    total = counts.total()
-    return -sum(n / total * math.log(n / total) for n in counts.values())

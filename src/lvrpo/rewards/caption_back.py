@@ -20,20 +20,18 @@ from lvrpo.types import Group, Prompt
 class CaptionBack(Config):
     """F1 of the words of the judge's description of the drawing with the words of the prompt.
 
-    F1 = 2 |c n p| / (|c| + |p|) over multisets of words, the mean over ``samples`` descriptions; greedy with one
-    sample. A description that is empty or was cut off at ``max_new_tokens`` does not count; an output with no other is
-    masked. Range [0, 1].
+    F1 = 2 |c n p| / (|c| + |p|) over multisets of words, of the greedy description. An output whose description is
+    empty or was cut off at ``max_new_tokens`` is masked. Range [0, 1].
     Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
     meaning not at all. It needs only that the judge can describe.
     """
 
     judges: ClassVar = ("image",)
     sides: ClassVar = ("read",)
+    hints: ClassVar = {"samples": "was removed: one greedy description is compared"}
 
     instruction: str = "describe the picture"
     """The request to the judge."""
-    samples: int = Field(default=1, ge=1, le=100_000)
-    """Descriptions per drawing."""
     max_new_tokens: int = Field(default=24, ge=1, le=100_000)
     """Longest caption, in tokens."""
     ignore: tuple[str, ...] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are")
@@ -50,15 +48,13 @@ class CaptionBack(Config):
             for (p, g), image in pictures.items()
         ]
         seeds = [derive_seed(groups[p].trajectories[g].seed, "caption back") for p, g in pictures]
-        temperature = 0.0 if self.samples == 1 else 1.0
-        sampling = Sampling(self.samples, temperature, self.max_new_tokens)
+        sampling = Sampling(1, 0.0, self.max_new_tokens)
         for (p, g), described in zip(pictures, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
-            wanted = self._words(groups[p].prompt.text)
-            problems = [text_problem(t) for t in described.trajectories]
-            said = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
-            if said:
-                found[p, g] = sum(word_f1(words, wanted) for words in said) / len(said)
-            elif TRUNCATED in problems:
+            (said,) = described.trajectories
+            problem = text_problem(said)
+            if problem is None:
+                found[p, g] = word_f1(self._words(said.text), self._words(groups[p].prompt.text))
+            elif problem == TRUNCATED:
                 failures[p, g] = f"the judge's description was cut off at {self.max_new_tokens} tokens"
             else:
                 failures[p, g] = "the judge described nothing"
