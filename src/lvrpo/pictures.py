@@ -63,7 +63,7 @@ def damage_error(name: Path | str, error: BaseException) -> InputError:
 
 def to_pil(image: torch.Tensor) -> PilImage.Image:
     """A picture (3, H, W) in [0, 1], rounded to 8 bits."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    pixels = (image.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     return PilImage.fromarray(pixels)
 
 

@@ -59,7 +59,7 @@ def test_what_cannot_be_read_is_masked(group: Callable[..., Group], fake: str, j
     scores = OCR(reader=fake).score([group(SIGN, [[picture(0.9)], [picture(math.nan)], [picture(0.0)]])], judge({}))
     assert scores.values[0].isnan().tolist() == [True, True, False]
     assert scores.failures == {
-        (0, 0): "the text reader failed: KeyError(0.9)",
+        (0, 0): "the text reader failed: KeyError: 0.9",
         (0, 1): "the picture holds values that are no numbers",
     }
 

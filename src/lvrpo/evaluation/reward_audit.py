@@ -308,10 +308,6 @@ class RewardScorerPair:
     strata: tuple[Sequence[Labels], Sequence[Labels]]
     """Category of every value of ``rewards`` and of ``scores``; unused for paired scores."""
 
-    def comparable_windows(self) -> list[int]:
-        """The earlier windows that can be compared with the last."""
-        return comparable(self.rewards, self.scores)
-
 
 def detect_overoptimization(record: RecordedRun, windows: Sequence[Window]) -> Alarms:
     """Compares every earlier window with the last, for every trained reward and held-out scorer of a task.
@@ -321,12 +317,13 @@ def detect_overoptimization(record: RecordedRun, windows: Sequence[Window]) -> A
     1 - .05 / comparisons (Bonferroni). Rewards with too many missing scores are reported as well.
     """
     groups = record.groups
-    pairs: list[RewardScorerPair] = []
     same: list[tuple[str, str, str]] = []
-    for task in dict.fromkeys(groups.task.tolist()):
-        for pair in _pairs(task, groups.select(groups.task == task), record.validations, windows, same):
-            pairs.append(pair)
-    comparisons = sum(len(pair.comparable_windows()) for pair in pairs)
+    pairs = [
+        pair
+        for task in dict.fromkeys(groups.task.tolist())
+        for pair in _pairs(task, groups.select(groups.task == task), record.validations, windows, same)
+    ]
+    comparisons = sum(len(comparable(pair.rewards, pair.scores)) for pair in pairs)
     confidence = 1 - ERROR / max(1, comparisons)
     found = [alarm for pair in pairs if (alarm := _largest_divergence(pair, windows, confidence)) is not None]
     return Alarms(tuple(found), comparisons, confidence, tuple(same), tuple(_missing_scores(record, windows)))

@@ -38,7 +38,8 @@ def rank_rewards(
     """The ranking of every reward of a task except the verifier; () without ground truth.
 
     ``scorers``: scores (N, G) by name, including ``SUCCESS``. ``verifiers``: rewards that grade by ground truth; the
-    first that was scored is used, and ``SUCCESS`` where it does not apply.
+    first that was scored is used, and ``SUCCESS`` where it does not apply. ``category`` and ``step``: (N,).
+    ``clusters``: resampling units of the bootstrap, such as the picture of a prompt.
     """
     rewards = {name: scores for name, scores in scorers.items() if name != SUCCESS}
     if SUCCESS not in scorers:
@@ -50,52 +51,36 @@ def rank_rewards(
             applies = np.isfinite(own).any(axis=1, keepdims=True)
             title, grades = name if applies.all() else f"{name}, {SUCCESS}", np.where(applies, own, grades)
             break
-    return tuple(
-        _rank_reward(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
-        for name, scores in rewards.items()
-    )
+    success = scorers[SUCCESS]
 
+    def ranked(name: str, scores: Array) -> RewardRanking:
+        rank, auc = rank_correlations(scores, grades), group_auc(scores, success)
+        units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
 
-def _rank_reward(
-    name: str,
-    scores: Array,
-    success: Array,
-    grades: Array,
-    verifier: str,
-    category: NDArray[np.str_],
-    step: NDArray[np.int64] | None = None,
-    windows: Sequence[Window] = (),
-    clusters: Sequence[Hashable] | None = None,
-) -> RewardRanking:
-    """The ranking of one reward; scores, success and grades (N, G), nan where missing; category and step (N,).
+        def ranking(rows: NDArray[np.bool_]) -> Ranking:
+            differ = _varying_groups(scores[rows], grades[rows])
+            return Ranking(
+                _mean(rank[rows], units[rows], lowest=-1.0),
+                _mean(auc[rows], units[rows], lowest=0.0),
+                silent=int((~differ[0] & differ[1]).sum()),
+                alike=int((~differ[1] & _both_scored(scores[rows], grades[rows]).any(axis=1)).sum()),
+            )
 
-    ``clusters``: resampling units of the bootstrap, such as the picture of a prompt.
-    """
-    rank, auc = rank_correlations(scores, grades), group_auc(scores, success)
-    units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
-
-    def ranking(rows: NDArray[np.bool_]) -> Ranking:
-        differ = _varying_groups(scores[rows], grades[rows])
-        return Ranking(
-            _mean(rank[rows], units[rows], lowest=-1.0),
-            _mean(auc[rows], units[rows], lowest=0.0),
-            silent=int((~differ[0] & differ[1]).sum()),
-            alike=int((~differ[1] & _both_scored(scores[rows], grades[rows]).any(axis=1)).sum()),
+        along = None
+        if step is not None and len(windows) > 1:
+            first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
+            along = RankingChange(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
+        both = _both_scored(scores, success)
+        return RewardRanking(
+            name=name,
+            verifier=title,
+            is_success=bool(both.any() and np.array_equal(scores[both], success[both])),
+            whole=ranking(np.ones(len(scores), dtype=np.bool_)),
+            categories={c: ranking(category == c) for c in dict.fromkeys(category[both.any(axis=1)].tolist()) if c},
+            along=along,
         )
 
-    along = None
-    if step is not None and len(windows) > 1:
-        first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
-        along = RankingChange(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
-    both = _both_scored(scores, success)
-    return RewardRanking(
-        name=name,
-        verifier=verifier,
-        is_success=bool(both.any() and np.array_equal(scores[both], success[both])),
-        whole=ranking(np.ones(len(scores), dtype=np.bool_)),
-        categories={c: ranking(category == c) for c in dict.fromkeys(category[both.any(axis=1)].tolist()) if c},
-        along=along,
-    )
+    return tuple(ranked(name, scores) for name, scores in rewards.items())
 
 
 def rank_correlations(one: Array, other: Array) -> NDArray[np.float64]:

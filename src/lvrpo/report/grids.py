@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from lvrpo.pictures import to_pil
 
 TEXT_COLOR, CAPTION_COLOR, BACKGROUND, EMPTY_COLOR = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)
 FRAME_COLORS = {True: (0, 122, 94), False: (200, 70, 20)}
@@ -20,8 +21,8 @@ GAP, EDGE, MARGIN = 10, 3, 16
 class Tile:
     """A picture with a caption under it."""
 
-    picture: torch.Tensor | np.ndarray | Image.Image | None
-    """float (3, H, W) in [0, 1], uint8 (3, H, W) or (H, W, 3), or a PIL image; None leaves an empty place."""
+    picture: torch.Tensor | Image.Image | None
+    """float (3, H, W) in [0, 1], or a PIL image; None leaves an empty place."""
     caption: str = ""
     good: bool | None = None
     """A green frame and a check mark, a red frame and a cross, or neither."""
@@ -33,7 +34,7 @@ def picture_grid(
     """Rows of (title, tiles) as one RGB picture; small pictures are enlarged to whole pixels with hard edges.
 
     A title is written above its row, a caption under its picture; both wrap, and a caption ends in dots after
-    ``caption_lines`` lines. Raises ``ValueError`` for a tensor that is no picture.
+    ``caption_lines`` lines.
     """
     font = _font(font_size)
     line = round(font_size * 1.35)
@@ -67,20 +68,6 @@ def picture_grid(
     return canvas
 
 
-def _to_image(picture: torch.Tensor | np.ndarray | Image.Image) -> Image.Image:
-    """An RGB picture from a tensor or an array."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    array = picture.detach().cpu().numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"a picture is (3, H, W) or (H, W, 3), not {tuple(array.shape)}")
-    if array.dtype != np.uint8:
-        array = (np.nan_to_num(array.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
 def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple[int, int], size: int) -> None:
     x, y = at
     box = (x, y, x + size + 2 * EDGE - 1, y + size + 2 * EDGE - 1)
@@ -90,8 +77,8 @@ def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple
     if tile.picture is None:
         draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=EMPTY_COLOR)
         return
-    image = _to_image(tile.picture)
-    canvas.paste(_fitted(image, size), inner)
+    picture = to_pil(tile.picture) if isinstance(tile.picture, torch.Tensor) else tile.picture.convert("RGB")
+    canvas.paste(_fitted(picture, size), inner)
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:

@@ -17,6 +17,7 @@ from torch import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from lvrpo.errors import LvrpoError, describe_error
 from lvrpo.policies.base import Judge
 from lvrpo.sampling import derive_seed
 from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
@@ -80,6 +81,23 @@ def score_each(groups: Sequence[Group], score: Callable[[Trajectory], float | st
     failures = {(p, g): one for p, row in enumerate(found) for g, one in enumerate(row) if isinstance(one, str)}
     values = [[math.nan if isinstance(one, str) else one for one in row] for row in found]
     return Scores(torch.tensor(values, dtype=torch.float32), failures)
+
+
+def score_images(groups: Sequence[Group], score: Callable[[Prompt, Image], float], failed: str) -> Scores:
+    """Scores of a function of a prompt and its drawing; ``failed``: what another error of it says, beside its words."""
+
+    def scored(trajectory: Trajectory) -> float | str:
+        image, problem = trajectory.image, image_problem(trajectory)
+        if image is None or problem:
+            return str(problem)
+        try:
+            return score(trajectory.prompt, image)
+        except LvrpoError:
+            raise
+        except Exception as error:  # code of the user, and models of transformers, raise anything
+            return f"{failed}: {describe_error(error)}"
+
+    return score_each(groups, scored)
 
 
 # --- checks of outputs and of log-probs ---

@@ -12,10 +12,10 @@ from pydantic import PrivateAttr
 
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Judge
 from lvrpo.registry import resolve
-from lvrpo.rewards.base import Scores, image_problem, image_problems, score_each
+from lvrpo.rewards.base import Scores, image_problems, score_each, score_images
 from lvrpo.types import Fact, Group, Image, Prompt, Trajectory
 
 # --- ocr ---
@@ -64,19 +64,10 @@ class OCR(Config):
         return "image" in prompt.output and asked_text(prompt) is not None
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        return score_each(groups, self._score)
+        def score(prompt: Prompt, image: Image) -> float:
+            return self.text_similarity(asked_text(prompt) or "", self._read(image))
 
-    def _score(self, trajectory: Trajectory) -> float | str:
-        image, problem = trajectory.image, image_problem(trajectory)
-        if image is None or problem:
-            return str(problem)
-        try:
-            read = self._read(image)
-        except LvrpoError:
-            raise
-        except Exception as error:  # code of the user may raise anything
-            return f"the text reader failed: {error!r}"
-        return self.text_similarity(asked_text(trajectory.prompt) or "", read)
+        return score_images(groups, score, "the text reader failed")
 
     def text_similarity(self, asked: str, read: str) -> float:
         """The score of a text that was read."""

@@ -17,7 +17,7 @@ from lvrpo.data.geneval import (
     interleave_categories,
     read_metadata,
 )
-from lvrpo.errors import InputError, LvrpoError, describe_error
+from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.detectors import ColorClassifier, Detector
 from lvrpo.evaluation.benchmarks.drawn import drawn_benchmark
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems
@@ -25,9 +25,9 @@ from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenc
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Cell, Scores, image_problem, score_each
+from lvrpo.rewards.base import Cell, Scores, score_images
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
-from lvrpo.types import Group, Image, Prompt, Trajectory
+from lvrpo.types import Group, Image, Prompt
 
 SAMPLES = 4
 """Pictures per prompt."""
@@ -70,18 +70,10 @@ class GenEvalRules:
         return prompt.id in self.rows
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        return score_each(groups, self._score)
+        def score(prompt: Prompt, image: Image) -> float:
+            return float(not self.problems(self.rows[prompt.id], image))
 
-    def _score(self, trajectory: Trajectory) -> float | str:
-        image, problem = trajectory.image, image_problem(trajectory)
-        if image is None or problem:
-            return str(problem)
-        try:
-            return float(not self.problems(self.rows[trajectory.prompt.id], image))
-        except LvrpoError:
-            raise
-        except Exception as error:  # models of transformers raise anything
-            return f"the detector failed: {describe_error(error)}"
+        return score_images(groups, score, "the detector failed")
 
     def problems(self, metadata: Metadata, image: Image) -> list[str]:
         """Why a picture is wrong; [] where it is right."""
