@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -209,7 +210,8 @@ def read_tree(path: Path, cls: type[Config], chain: tuple[Path, ...] = ()) -> Tr
     return _merge(read_tree(_parent_file(path, parent), cls, (*chain, resolved)), tree, [cls])
 
 
-def shipped_configs() -> dict[str, Path]:
+@cache
+def shipped_configs() -> Mapping[str, Path]:
     """The configurations shipped with lvrpo, by name."""
     folder = Path(__file__).parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, create_model
 
-from lvrpo.config import Config, default_kind, read_tree, read_yaml, require_known_keys, shipped_configs
+from lvrpo.config import Config, default_kind, read_tree, require_known_keys, shipped_configs
 from lvrpo.config_sections import KIND
 from lvrpo.errors import InputError, nearest
 
@@ -60,8 +60,9 @@ def known_config(name: str, config: str | None, overrides: Sequence[str]) -> Pat
     if config is None:
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
     path = find_config(config)
-    _refuse_other_kind(name, config, path)
-    if not read_yaml(path):
+    tree = read_tree(path, key_class(name))
+    _refuse_other_kind(name, config, tree)
+    if not tree:
         raise InputError(f"{path}: is empty: write a setting, such as extends: quickstart")
     require_known_keys(key_class(name), path, overrides)
     return path
@@ -85,9 +86,9 @@ def find_config(name: str) -> Path:
     raise InputError(f"config {name!r}: no such file: {hint}give a YAML file, or one of {', '.join(shipped)}")
 
 
-def _refuse_other_kind(name: str, config: str, path: Path) -> None:
+def _refuse_other_kind(name: str, config: str, keys: Collection[str]) -> None:
     """Raises InputError for a configuration of the other kind of run: it has sections that only those have."""
-    own, keys = key_class(name).model_fields, read_tree(path, key_class(name))
+    own = key_class(name).model_fields
     for other, (words, command) in RUNS.items():
         fields = key_class(other).model_fields
         foreign = [key for key in keys if key in fields and key not in own]
