@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from lvrpo import __version__
-from lvrpo.commands import COMMANDS, HEADINGS, REMOVED
+from lvrpo.commands import COMMANDS, HEADINGS
 from lvrpo.commands.options import Command, Options, Parser
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError, nearest
 from lvrpo.reading import read_error_message
@@ -274,8 +274,6 @@ def usage(group: str = "") -> str:
 def unknown_command_message(argv: Sequence[str]) -> str:
     """The message for a command that does not exist."""
     first = argv[0]
-    if first in REMOVED:
-        return f"command {first!r}: {REMOVED[first]}"
     if first.startswith("-"):
         near = nearest(first, ["--help", "--version", "--debug"])
         return f"option {first}: unknown: {f'did you mean {near}?' if near else 'options come after the command'}"

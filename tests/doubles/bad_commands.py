@@ -22,7 +22,6 @@ def rewarded_by(name: str, more: str = "") -> tuple[str, ...]:
 Case = tuple[tuple[str, ...], int, str]
 COMMAND_LINE: list[Case] = [
     (("trian",), 2, "did you mean train?"),
-    (("information", "small"), 2, "command 'information': was removed"),
     (("--hlep",), 2, "did you mean --help?"),
     (("data", "previw"), 2, "did you mean data preview?"),
     (("data", "xyz"), 2, "or lvrpo data preview or"),

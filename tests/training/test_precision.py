@@ -100,6 +100,8 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
         lambda: policy.supervised_losses(examples, torch.Generator()),
         lambda: policy.reading_features([picture], 1),
         lambda: policy.reading_states(["red circle"], 1),
+        lambda: policy.context_states([("red circle",)]),
+        lambda: policy.drawing_states([("red circle",)], [picture], 1.0, 0),
     ]
     for call in calls:
         seen.clear()

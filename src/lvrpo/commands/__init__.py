@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "compare": "lvrpo.commands.report:COMPARE",
     "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
     "audit": "lvrpo.commands.audit:AUDIT",
+    "information": "lvrpo.commands.information:INFORMATION",
     "new reward": "lvrpo.commands.new:NEW_REWARD",
     "data check": "lvrpo.commands.data_check:CHECK",
     "data preview": "lvrpo.commands.data:PREVIEW",
@@ -33,9 +34,6 @@ COMMANDS: Mapping[str, str] = {
     "completion": "lvrpo.commands.new:COMPLETION",
 }
 """Every command. The modules import nothing heavy until a command runs."""
-
-REMOVED: Mapping[str, str] = {"information": "was removed, as no result rests on its estimate"}
-"""Commands of earlier versions, which are refused with the reason or with what to use."""
 
 HEADINGS: Mapping[str, str] = {
     "quickstart": "Train",

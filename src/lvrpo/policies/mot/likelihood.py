@@ -219,6 +219,32 @@ def _reading_layer(runner: ModelRunner, rows: Sequence[Row], layer: int) -> torc
     return runner.run(rows, cache, keep_layers=True).layers[layer - 1][0]
 
 
+def context_states(runner: ModelRunner, given: Sequence[Parts]) -> torch.Tensor:
+    """Mean final state of the reading expert over each context, float32 (B, D)."""
+    rows = [runner.row(parts, draws=False) for parts in given]
+    hidden = runner.run(rows, runner.transformer.empty_cache(len(rows)))
+    split = hidden.reading.float().split([row_tokens(row) for row in rows])
+    return torch.stack([states.mean(dim=0) for states in split])
+
+
+def drawing_states(
+    runner: ModelRunner, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
+) -> torch.Tensor:
+    """Mean final state of the drawing expert over each noisy image after its context ``given``, float32 (B, D).
+
+    All rows have the same noise; images are of one size. At t = 1 the input is noise alone, so that the states depend
+    on the context and the size.
+    """
+    cache, owner = runner.prefill_shared([runner.row(parts, draws=True) for parts in given])
+    x_0 = _latents(runner, images)
+    noise = normal_noise([derive_seed(seed, "states")], x_0.shape[1:]).to(x_0)
+    x_t = (1 - t) * x_0 + t * noise
+    depth, grid = runner.transformer.config.depth, runner.encoders.latent_grid(images[0])
+    times = x_0.new_full((len(x_0),), t)
+    _, states = flow_sampler.velocity_and_features(runner, cache.select(owner), x_t, times, grid, depth)
+    return states.float().mean(dim=1)
+
+
 class FeatureLoss(Protocol):
     """A loss on hidden states of the drawing expert."""
 

@@ -345,6 +345,18 @@ class MoTPolicy(AdaptablePolicy):
         """See ``Judge.reading_states``."""
         return likelihood.reading_states(self.runner, parts, layer)
 
+    @torch.no_grad()
+    @with_autocast
+    def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
+        """Mean final state of the reading expert over each context, float32 (B, D)."""
+        return likelihood.context_states(self.runner, contexts)
+
+    @torch.no_grad()
+    @with_autocast
+    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
+        """Mean final state of the drawing expert over each noisy image; see ``likelihood.drawing_states``."""
+        return likelihood.drawing_states(self.runner, contexts, images, t, seed)
+
     # ---------------------------------------------------------------- supervised
     @with_autocast
     def supervised_losses(
