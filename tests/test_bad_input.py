@@ -132,7 +132,7 @@ def tables() -> None:
     }
     for name, text in files.items():
         Path(f"{name}.jsonl").write_text(text + "\n" if text else "")
-    Path("inside/leaves.jsonl").write_text(json.dumps({"image": "../red.png", "question": "what ?"}) + "\n")
+    Path("inside/leaves.jsonl").write_text(json.dumps({"images": ["../red.png"], "prompt": "what ?"}) + "\n")
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
     Path("doubled.jsonl").write_text('{"task": "edit", ' + json.dumps(question)[1:] + "\n")
     Path("packed.jsonl").write_bytes(gzip.compress(json.dumps(question).encode()))

@@ -112,8 +112,14 @@ def train(
     if prompts is None:
         warn_without_test(resolved)
     listener = Progress(resolved.steps, quiet=not progress)
-    with trainer.run, listener as watch, Experiment(trainer, plan, watch) as experiment:
-        return Trained(folder, experiment.run_all())
+    with (
+        trainer.run,
+        listener as watch,
+        Experiment(trainer, plan, watch) as experiment,
+        experiment.measured() as interrupted,
+    ):
+        trainer.train(experiment.observe, interrupted)
+    return Trained(folder, experiment.summary)
 
 
 def _resolve_config(config: TrainConfig | Path | str, overrides: Sequence[str]) -> TrainConfig:

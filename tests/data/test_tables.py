@@ -379,7 +379,7 @@ def test_check_shows_counts_problems_duplicates_and_leaks(capfd: pytest.CaptureF
     assert "train: 1 rows are there twice; the first: train.jsonl:2 asks what train.jsonl:1 asks" in out
     assert err.startswith("error: 2 rows cannot be used; the first: train.jsonl:3")
     with PilImage.open("rows.png") as sheet:
-        assert sheet.size[0] > 600
+        assert sheet.size[0] > 400
     sets = "data.datasets=[{path: pictures, preset: labels, train: train, test: 'train[:2]'}]"
     Path("own.yaml").write_text("extends: quickstart\ndata: {source: datasets}\n")
     assert main(["data", "check", "train.jsonl"]) == 2  # again, as after a change of the rows

@@ -196,7 +196,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("sd3", "data.prompts_per_step={generate: 1, reason: 1}", "prompts_per_step.reason=1: policy=.* does generate al"),
     ("sd3", "data.prompts_per_step={understand: 1}", "prompts_per_step.understand=1: policy=.* does generate alone"),
     ("sd3", "rollout.image_size=[32, 36]", r"image_size=\[32, 36\]: must be multiples of 8: use \[32, 32\]"),
-    ("sd3", "rollout.image_guidance_scale=2", "image_guidance_scale=2.0: this model draws from text alone"),
+    ("sd3", "rollout.image_guidance_scale=2", "image_guidance_scale=2.0: this model guides by text alone"),
     ("sd3", "text.kl_coef=1", "text: policy=.* writes no such segments, only flow: leave it out"),
     ("sd3", "adapter={modules: [head]}", "adapter.modules: no head of understand or generate: the model has attention"),
     *(

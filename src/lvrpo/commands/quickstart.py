@@ -103,11 +103,13 @@ def run(options: Options) -> None:
     with run, Progress(config.steps) as watch, Experiment(trainer, measured, watch) as experiment:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
-            summary = experiment.run_all("quickstart")
+            with experiment.measured("quickstart") as interrupted:
+                trainer.train(experiment.observe, interrupted)
         except Interrupted:
             raise
         except KeyboardInterrupt:  # while it was evaluating
             raise Interrupted(f"interrupted; continue with: lvrpo quickstart --resume {run.path}") from None
+        summary = experiment.summary
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(_closing_message(run.path, summary, time.monotonic() - started))

@@ -64,7 +64,9 @@ def train(options: Options) -> None:
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
         watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
-        summary = experiment.run_all()
+        with experiment.measured() as interrupted:
+            trainer.train(experiment.observe, interrupted)
+        summary = experiment.summary
         if summary["before"] and is_main():
             print_tables(summary_tables(summary))
         watch.phase(f"done; the policy: {run.path} ({_kept_step(trainer, summary)})")

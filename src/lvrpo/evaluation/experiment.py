@@ -7,8 +7,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -223,6 +223,8 @@ class Experiment:
             sizes = (plan.benchmarks, plan.sizes)
             self.baseline = Baseline(plan.baseline, folder, *sizes, self.sampling, plan.sampled_prompts)
         self._report_prompts: list[tuple[Benchmark, Prompt]] = []
+        self.summary: dict[str, Any] = {}
+        """JSON, written to summary.json."""
 
     def __enter__(self) -> Self:
         return self
@@ -231,16 +233,17 @@ class Experiment:
         if self.baseline is not None:
             self.baseline.stop()
 
-    def run_all(self, command: str = "train") -> dict[str, Any]:
-        """Evaluates, trains and evaluates again; returns the summary. Any: JSON.
+    @contextmanager
+    def measured(self, command: str = "train") -> Iterator[Callable[[], bool]]:
+        """Evaluates before and after the body, which trains until what is yielded is true; then ``summary`` is there.
 
         Raises Interrupted, which says how ``command`` goes on, where a signal ended the training.
         """
         before = self.before()
         with InterruptHandler(print_stopping) as interrupted:
-            self.trainer.train(self.observe, interrupted)
+            yield interrupted
             self.trainer.require_uninterrupted(command)
-        return self.after(before)
+        self.summary = self.after(before)
 
     def before(self) -> Evaluation:
         """Starts a parallel baseline and evaluates the initial policy."""

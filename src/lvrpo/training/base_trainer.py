@@ -97,7 +97,7 @@ class BaseTrainer(ABC, Generic[C, S]):
         last = latest_checkpoint(self.run.path)
         if last is not None and checkpoint_step(last):
             self.state.load(last)
-        elif is_main() and (repeated := max((row["step"] for row in self.run.metrics()), default=0)):
+        elif last is None and is_main() and (repeated := max((row["step"] for row in self.run.metrics()), default=0)):
             steps = f"{repeated} step{'s' * (repeated > 1)}"
             warnings.warn(
                 f"{self.run.path}: has no checkpoint: training starts again at step 0 and repeats {steps}",
