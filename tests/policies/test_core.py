@@ -112,6 +112,15 @@ def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy
             torch.testing.assert_close(logprobs[place], together[i], rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cache_keeps_its_keys_and_values_alone(new_policy: Callable[..., TinyPolicy], again: bool) -> None:
+    policy = new_policy(0, key_heads=1)
+    policy.checkpoint_gradients(again)
+    (part,) = policy.runner.prefill([policy.runner.row((words,), draws=True) for words in ("draw", "a circle")]).parts
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*part.keys, *part.values)}
+    assert sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) == part.nbytes
+
+
 def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, picture: Any) -> None:
     runner = policy.runner
     shared = picture(1)

@@ -270,6 +270,7 @@ class MoT(nn.Module):
             ) -> tuple[torch.Tensor, ...]:
                 heads, v = self._project(layer, reading, drawing, packing)
                 q, k = rotate(heads, cos, sin).to(v.dtype).split([self.config.heads, self.config.key_heads], dim=2)
+                k = k.clone() if extend else k  # a cache of views would keep the queries, too
                 cells = packing.reading_cells
                 if outputs is not None and i == len(self.layers) - 1:
                     if isinstance(outputs, str):
