@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lvrpo.distributed import save_sharded, stored_tensors
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, update_ema
+from lvrpo.training.state import TrainState
 
 
 def policy(seed: int = 0) -> TinyPolicy:
@@ -159,6 +164,21 @@ def test_scale_multiplies_the_rates() -> None:
         Optimizers(model, config, 10).step(0, scale)
     for (name, p), q in zip(one.named_parameters(), half.parameters(), strict=True):
         torch.testing.assert_close((q - start[name]) * 2, p - start[name], rtol=1e-2, atol=1e-7)
+
+
+def test_a_restored_state_holds_its_moments_once() -> None:
+    trained, restored = (TrainState.start(policy(), TrainConfig()) for _ in range(2))
+    set_gradients(trained.policies.module, 0)
+    trained.optimizers[0].step(0)
+    Path("tensors").mkdir()
+    save_sharded(Path("tensors"), trained._tensors())
+    with LiveBytes(()) as live:
+        restored._allocate_moments(stored_tensors(Path("tensors")), trained._other_moments())
+    moments = trained.optimizers[0].moments()
+    again = restored.optimizers[0].moments()
+    assert {name: [*each] for name, each in again.items()} == {name: [*each] for name, each in moments.items()}
+    size = sum(tensor.nbytes for each in moments.values() for tensor in each.values())
+    assert size <= live.peak < 1.1 * size
 
 
 def test_average_into_is_literal() -> None:

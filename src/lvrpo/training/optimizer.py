@@ -170,6 +170,16 @@ class Optimizers:
         """Restores ``moments``; see ``set_optimizer_moments``."""
         set_optimizer_moments(self.optimizers, self.named, moments)
 
+    @torch.no_grad()
+    def allocate_moments(self, dtypes: Mapping[str, Mapping[str, torch.dtype]]) -> None:
+        """Adds moments of zeros, shaped and sharded like their parameters, by the names of parameters and moments."""
+        for optimizer in self.optimizers:
+            params = {p for group in optimizer.param_groups for p in group["params"]}
+            for name, p in self.named:
+                if p in params and name in dtypes:
+                    zeros = {key: torch.zeros_like(p, dtype=dtype) for key, dtype in dtypes[name].items()}
+                    optimizer.state[p].update(zeros)
+
 
 def optimizer_moments(
     optimizers: Sequence[torch.optim.Optimizer], named: Sequence[tuple[str, nn.Parameter]]

@@ -180,16 +180,15 @@ class TrainState:
 
     def _allocate_moments(self, stored: Mapping[str, TensorStorageMetadata], others: Sequence[dict[str, Any]]) -> None:
         """Sets the other moments of a checkpoint and allocates its tensors, which ``load_sharded`` then fills."""
-        parameters = self.policies.weights.parameters
         for i, (optimizer, saved) in enumerate(zip(self.optimizers, others, strict=True)):
-            moments = {name: dict(values) for name, values in saved.items()}
+            optimizer.set_moments(saved)
+            dtypes: dict[str, dict[str, torch.dtype]] = {}
             for path, entry in stored.items():
                 prefix, _, rest = path.partition("/")
                 name, _, key = rest.rpartition("/")
-                if prefix == f"optimizer_{i}" and name in parameters:
-                    empty = torch.zeros_like(parameters[name], dtype=entry.properties.dtype)
-                    moments.setdefault(name, {})[key] = empty.detach()
-            optimizer.set_moments(moments)
+                if prefix == f"optimizer_{i}":
+                    dtypes.setdefault(name, {})[key] = entry.properties.dtype
+            optimizer.allocate_moments(dtypes)
 
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {
