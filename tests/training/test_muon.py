@@ -50,6 +50,19 @@ def test_steps_are_torchs_up_to_the_rounding_of_bfloat16(shape: tuple[int, int])
     assert torch.allclose(ours_state["momentum_buffer"], theirs_state["momentum_buffer"])
 
 
+def test_matrices_of_one_shape_are_computed_in_their_own_dtype() -> None:
+    def stepped(*dtypes: torch.dtype) -> list[torch.nn.Parameter]:
+        parameters = [torch.nn.Parameter(random(8, 8).to(dtype)) for dtype in dtypes]
+        for p in parameters:
+            p.grad = random(8, 8, seed=1).to(p.dtype)
+        Muon(parameters, lr=0.1).step()
+        return parameters
+
+    low, high = stepped(torch.bfloat16, torch.float32)
+    assert torch.equal(low, *stepped(torch.bfloat16))
+    assert torch.equal(high, *stepped(torch.float32))
+
+
 def test_parameters_without_a_gradient_stay_and_a_closure_is_called() -> None:
     still, moved = (torch.nn.Parameter(random(8, 8)) for _ in range(2))
     optimizer = Muon([still, moved], lr=0.1)

@@ -242,7 +242,7 @@ def gradient_norms(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, fl
 # --- whole matrices ---
 
 TOGETHER_BYTES = 16 << 20
-"""Unsharded matrices of one shape are passed to a function in batches of at most this size."""
+"""Unsharded matrices of one shape and dtype are passed to a function in batches of at most this size."""
 
 
 @torch.no_grad()
@@ -250,16 +250,16 @@ def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Se
     """``matrix <- function(matrix)`` in place, each matrix computed by one rank.
 
     ``function``: (B, M, N) -> (B, M, N). ``matrices``: sharded by rows as by ``shard``; every rank computes unsharded
-    ones, those of one shape together. Batches of ``world_size`` matrices of similar size are exchanged by one
+    ones, those of one shape and dtype together. Batches of ``world_size`` matrices of similar size are exchanged by one
     all-to-all before and one after ``function``. Offloaded shards pass through the GPU.
     """
     sharded: list[DTensor] = []
-    whole: dict[torch.Size, list[torch.Tensor]] = {}
+    whole: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
     for matrix in matrices:
         if isinstance(matrix, DTensor):
             sharded.append(matrix)
         else:
-            whole.setdefault(matrix.shape, []).append(matrix)
+            whole.setdefault((matrix.shape, matrix.dtype), []).append(matrix)
     for alike in whole.values():
         together = max(1, TOGETHER_BYTES // alike[0].nbytes)
         for first in range(0, len(alike), together):
