@@ -77,7 +77,7 @@ class Sampling:
     image_guidance_scale: float = 1.0
     """Classifier-free guidance scale of the source image of an edit; 1: no guidance."""
     guidance_renorm: Literal["none", "global", "channel", "channel_match", "text_channel"] = "none"
-    """Shrinks the guided velocity to the norm of the conditional one (``sampling.guide``)."""
+    """Shrinks the guided velocity to the norm of the conditional one, or gives it that norm (``sampling.guide``)."""
     guidance_renorm_min: float = 0.0
     """Lower bound of the shrinking factor; 1 switches it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
