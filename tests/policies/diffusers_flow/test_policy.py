@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lvrpo.policies.diffusers_flow.pipelines import pack, unpack
 from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, guide, normal_noise, shift_time
+from lvrpo.training.live_bytes import LiveBytes, fake_weights
 from lvrpo.types import FlowSegment, Group, Prompt, Trajectory
 
 ODE = Sampling(group_size=2, num_steps=5, solver="euler", image_size=(32, 32))
@@ -276,6 +278,18 @@ def test_a_saved_pipeline_is_one_of_diffusers(
     given = of_the_pipeline(policy, [one.trajectories[0]], 1.0)
     pictures = pipeline(Path("saved"))(prompt="a red circle", output_type="pt", **given)[0]
     assert (pictures[0] - segment(one.trajectories[0]).image).abs().max() < 2e-5
+
+
+def test_a_pipeline_without_weights_draws_without_values(
+    folders: Callable[[str], Path], kind: str, prompts: list[Prompt]
+) -> None:
+    shutil.copytree(folders(kind), "described", ignore=shutil.ignore_patterns("*.safetensors"))
+    policy = DiffusersPolicy.from_config(Path("described"))
+    fake_weights([policy, *policy.frozen_parts])
+    with LiveBytes(()) as live, torch.no_grad():
+        (group,) = policy.sample(prompts[:1], ODE, [1])
+    assert segment(group.trajectories[0]).image.shape == (3, 32, 32)
+    assert live.peak > 0
 
 
 ADAPTED = {"z-image-tiny": {"to_q", "0", "w1", "w2", "w3"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,13 @@ class QwenImage(FlowPipeline):
     transformer_class = "QwenImageTransformer2DModel"
     defaults = Sampling(num_steps=50, guidance_scale=4.0, guidance_renorm="channel_match", solver="euler")
     empty_prompt = " "
+
+    def __init__(self, pipe: Any, folder: Path) -> None:
+        """See ``FlowPipeline``."""
+        super().__init__(pipe, folder)
+        rope = pipe.transformer.pos_embed
+        if rope.pos_freqs.is_meta:  # of a transformer without weights: neither parameters nor buffers
+            pipe.transformer.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
 
     @property
     def guidance(self) -> Literal["classifier_free"]:
