@@ -381,6 +381,14 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     ]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_prints_names_that_look_like_markup(terminal: bool) -> None:
+    out = io.StringIO()
+    with Progress(1, Console(file=out, force_terminal=terminal, width=100, highlight=False)) as progress:
+        progress.step({"step": 1, "seconds": 1.0, "seconds_left": 0.0, "reward/generate/[red]": 0.25})
+    assert "generate [red]" in out.getvalue()
+
+
 def test_progress_on_a_terminal_shows_rewards_base_curve_and_seconds_left() -> None:
     out = io.StringIO()
     with Progress(4, Console(file=out, force_terminal=True, width=100, highlight=False)) as progress:

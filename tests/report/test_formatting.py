@@ -18,6 +18,7 @@ from lvrpo.records import Estimate, Metrics
 from lvrpo.report import Tile, compare_runs, formatting, picture_grid
 from lvrpo.report.charts import nice_ticks, reward_charts
 from lvrpo.report.formatting import change
+from lvrpo.report.tables import TextTable
 
 MakeRun = Callable[..., Path]
 
@@ -141,6 +142,14 @@ def test_comparison(tmp_path: Path, make_run: MakeRun) -> None:
     (first / "summary.json").unlink()
     with pytest.raises(InputError, match="no run has results"):
         compare_runs([first, second])
+
+
+def test_names_that_look_like_markup_are_printed() -> None:
+    table = TextTable("[/b] of :star:", ("task", "[red]", "[/red]"), (("[i]", "1", "[b]2"),), "note [x]")
+    console = Console(width=200, file=io.StringIO())
+    console.print(text_table(table))
+    shown = console.file.getvalue().split()  # type: ignore[attr-defined]
+    assert shown == ["[/b]", "of", ":star:", "task", "[red]", "[/red]", "[i]", "1", "[b]2", "note", "[x]"]
 
 
 def test_comparison_of_nothing() -> None:

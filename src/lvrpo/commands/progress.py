@@ -99,7 +99,7 @@ class Progress:
         self._printed_at = now
         values = [f"{label(name)} {self._now(name)}" for name in self._shown()]
         head = f"step {row['step']}/{self.total}, {clock(row['seconds_left'])} left"
-        self.console.print(f"        {head}: {', '.join(values)}", soft_wrap=True)
+        self.console.print(f"        {head}: {', '.join(values)}", soft_wrap=True, markup=False)
 
     def _screen(self) -> Group:
         row = self.row
@@ -115,7 +115,7 @@ class Progress:
         table.add_column("")
         for name in self._shown():
             base = self.history.get(name.replace("reward/", "control/", 1))
-            cells = [label(name), self._now(name)]
+            cells = [Text(label(name)), self._now(name)]
             if self._rewarded():
                 cells.append(f"{sum(base[-RECENT:]) / len(base[-RECENT:]):.3f}" if base else "")
             table.add_row(*cells, Text(sparkline(self.history[name]), style="cyan"))

@@ -21,12 +21,13 @@ def summary_tables(summary: Mapping[str, Any]) -> list[TextTable]:
 
 def text_table(content: TextTable) -> Table:
     """A table for the terminal."""
-    table = Table(title=content.title or None, caption=content.note or None, box=None, header_style="dim")
+    title, note = Text(content.title, "table.title"), Text(content.note, "table.caption")
+    table = Table(title=title if title else None, caption=note if note else None, box=None, header_style="dim")
     table.title_justify = table.caption_justify = "left"
     table.min_width = min(max(len(content.title), len(content.note)), 100)  # else they wrap to the width of the cells
     table.leading = int(any("\n" in cell for row in content.rows for cell in row))
     for head in content.heads:
-        table.add_column(head, overflow="fold")
+        table.add_column(Text(head), overflow="fold")  # a name of the user may look like markup
     for first, *rest in content.rows:
         inner = first.startswith(" ")
         cells = (Text(cell, style=COLORS.get(cell.tone, "") if isinstance(cell, Cell) else "") for cell in rest)
