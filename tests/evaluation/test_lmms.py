@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import sys
 import types
@@ -20,7 +21,7 @@ from PIL import Image as PilImage
 from lvrpo.data.images import load_image
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.lmms import Answers, Options
+from lvrpo.evaluation.benchmarks.lmms import AnswerFile, Answers, Options
 from lvrpo.pictures import png
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
@@ -177,6 +178,7 @@ class Counts:
         ("loglikelihood", "understand"),
         ("generate_until_multi_round", "understand"),
         ("generate_visual_cot", "understand"),
+        ("generate_visual_cot", "generate"),
     ],
 )
 def test_answers_are_kept_and_an_interrupted_task_goes_on(
@@ -217,6 +219,12 @@ def test_answers_are_kept_and_an_interrupted_task_goes_on(
     file.write_text("[]\n")
     with pytest.raises(InputError, match="delete the file"):
         ask(None, file)
+
+
+def test_a_loss_that_is_infinite_is_kept(tmp_path: Path) -> None:
+    for answers_now in ([[math.inf, True]], []):  # the second time they come from the file
+        file = AnswerFile(tmp_path / "answers.jsonl")
+        assert file.get(["likelihood"], lambda found=answers_now: found, bool) == [[math.inf, True]]
 
 
 def test_options_that_do_not_fit_are_one_line(policy: Policy) -> None:

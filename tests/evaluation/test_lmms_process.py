@@ -17,7 +17,8 @@ import pytest
 from lvrpo.cli import main
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.benchmarks import lmms_process as process
-from lvrpo.evaluation.benchmarks.lmms_results import NO_NUMBER, NOT_LOGGED, read_scores
+from lvrpo.evaluation.benchmarks.lmms_results import NO_NUMBER, NOT_LOGGED, HarnessEvaluation, read_scores
+from lvrpo.evaluation.suite import Evaluation
 
 Output = pytest.CaptureFixture[str]
 STUB = """#!{python}
@@ -166,6 +167,8 @@ def test_groups_filters_and_directions_are_named(tmp_path: Path) -> None:
     assert set(found) == {"a (lower is better)", "group", "b/em (strict)", "b/em (flexible)"}
     assert (found["group"].n, found["group"].record, found["b/em (strict)"].record) == (4, None, None)
     assert found["a (lower is better)"].record is not None
+    whole = HarnessEvaluation(found, 2.0).beside(Evaluation({}, seconds=3.0))
+    assert (whole.seconds, set(whole.results())) == (5.0, set(found))
 
 
 def test_own_benchmarks_and_tasks_are_one_table(stub: Path, small_base: Path, tmp_path: Path, capsys: Output) -> None:

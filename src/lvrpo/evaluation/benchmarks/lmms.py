@@ -87,7 +87,7 @@ class AnswerFile:
         write_atomic(path, text.encode())
         for number, line in enumerate(text.splitlines(), start=1):
             remedy = "delete the file to ask everything again"
-            self._known |= parse_typed_json(line, dict[str, list[Any]], f"{path}:{number}", remedy)
+            self._known |= parse_typed_json(line, dict[str, list[Any]], f"{path}:{number}", remedy, finite=False)
 
     def get(self, asked: Sequence[Any], answer: Callable[[], list[Any]], keep: Callable[[Any], bool]) -> list[Any]:
         """What was answered before, where ``keep`` holds of all of it, else ``answer()``.
@@ -211,11 +211,9 @@ class Answers:
     def _kept(self, kind: str, rows: Sequence[Row], answer: Callable[[], list[Any]]) -> list[Any]:
         """What the file of answers holds, where the pictures that it names are there, else ``answer()``."""
         asked = [(p.id, p.task, p.output, p.parts, repr(sampling), more) for p, sampling, more in rows]
-        return self.file.get([kind, self.options.seed, asked], answer, self._is_whole)
-
-    def _is_whole(self, found: Any) -> bool:
-        drawn = self.options.mode != "understand" and isinstance(found, str)
-        return not drawn or all(Path(path).is_file() for path in json.loads(found)["images"])
+        drawn = any("image" in prompt.output for prompt, _, _ in rows) and kind == "until"
+        keep = _has_pictures if drawn else lambda found: True
+        return self.file.get([kind, self.options.seed, asked], answer, keep)
 
     def _texts(self, rows: Sequence[Row]) -> list[str]:
         outputs = zip(rows, self._sample(rows), strict=True)
@@ -301,6 +299,10 @@ class Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(output.image))
         return json.dumps({"text": output.text or "", "images": [str(path.resolve())]}, ensure_ascii=False)
+
+
+def _has_pictures(drawn: str) -> bool:
+    return all(Path(path).is_file() for path in json.loads(drawn)["images"])
 
 
 def _flat(visuals: Any) -> list[Any]:

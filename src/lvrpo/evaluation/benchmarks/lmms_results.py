@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,10 @@ class HarnessEvaluation:
     """Tasks without results, and why."""
     own: Evaluation | None = None
     """Benchmarks of ours that the same command evaluated."""
+
+    def beside(self, own: Evaluation | None) -> HarnessEvaluation:
+        """With benchmarks of ours, whose seconds are added."""
+        return self if own is None else replace(self, own=own, seconds=self.seconds + own.seconds)
 
     def results(self) -> dict[str, Any]:
         """By title: score, low, high, n, categories, official."""
