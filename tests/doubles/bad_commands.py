@@ -32,6 +32,7 @@ COMMAND_LINE: list[Case] = [
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
     (("report", "finished", "unfinished"), 2, "argument 'unfinished': one too many"),
     (("evaluate", "small", "--benchmrak", "edit"), 2, "did you mean --benchmark?"),
+    (("evaluate", "small", "--information"), 2, "was removed: use lvrpo information MODEL"),
     (("evaluate", "small", "--n", "0"), 2, "must be >= 1"),
     (("evaluate", "small", "--seed", "-1"), 2, "--seed"),
     (("evaluate", "small", "--n", "many"), 2, "must be a whole number"),

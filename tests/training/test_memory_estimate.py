@@ -323,7 +323,7 @@ def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, caps
     assert "device=cpu, and --card 78: leave one of them out" in capsys.readouterr().err
     for wrong in ("0", "nan", "large"):
         assert main([*command, "--card", wrong]) == 2
-        assert "must be a number of GiB" in capsys.readouterr().err
+        assert "must be a number of GiB, such as 78, from 0.001 to 100000" in capsys.readouterr().err
     assert main([*command, "device=cpu"]) == 2
     assert "holds no ema.safetensors, the weights of BAGEL" in capsys.readouterr().err
 

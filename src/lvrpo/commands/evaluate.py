@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_options(parser: Parser) -> None:
+    parser.removed = {"--information": "use lvrpo information MODEL"}
     add_model(parser)
     add_base(parser)
     parser.add_argument(
@@ -177,8 +178,6 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
 
 def evaluate_by_lmms(options: Options) -> None:
     """The tasks of ``--lmms-eval`` and the benchmarks beside them, in one file and one table."""
-    from dataclasses import replace
-
     from lvrpo.commands.lmms_eval import evaluate_lmms, open_lmms, require_all
     from lvrpo.commands.tables import wide_console
 
@@ -189,8 +188,8 @@ def evaluate_by_lmms(options: Options) -> None:
     if options.benchmark is not None:
         head, own, own_before = measured(options, console)
     result, before = evaluate_lmms(options, tasks, harness, console)
-    result = replace(result, own=own)
-    before = None if before is None else replace(before, own=own_before)
+    result = result.beside(own)
+    before = None if before is None else before.beside(own_before)
     report(options, head, result, before, console)
     require_all(before, result)
 

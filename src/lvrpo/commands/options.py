@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     unknown_hint = ""
     """The hint for an unknown option that resembles no known one."""
+    removed: Mapping[str, str] = {}
+    """Options of earlier versions, and what to use now."""
 
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
         super().__init__(
@@ -46,6 +48,8 @@ class Parser(argparse.ArgumentParser):
             name = rest[0].partition("=")[0]
             if not name.startswith("-"):
                 raise InputError(f"argument {rest[0]!r}: one too many: see {self.prog} --help")
+            if name in self.removed:
+                raise InputError(f"option {name}: was removed: {self.removed[name]}")
             near = nearest(name, self._option_string_actions)
             hints = [f"did you mean {near}?" if near else "", self.unknown_hint or ""]
             hint = " ".join(filter(None, hints)) or f"see {self.prog} --help"
@@ -129,7 +133,7 @@ def number(low: float, high: float, what: str = "a number") -> Callable[[str], f
         try:
             found = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {what}") from None
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what} from {low:g} to {high:g}") from None
         if not low <= found <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {what} from {low:g} to {high:g}")
         return found
@@ -139,7 +143,7 @@ def number(low: float, high: float, what: str = "a number") -> Callable[[str], f
 
 guidance = number(1, 1000)
 share = number(0, 1)
-gibibytes = number(0.001, 1e6, "a number of GiB, such as 78,")
+gibibytes = number(0.001, 100_000, "a number of GiB, such as 78,")
 
 
 def picture_size(text: str) -> tuple[int, int]:
