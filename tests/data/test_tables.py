@@ -16,12 +16,14 @@ import torch
 from PIL import Image as PilImage
 
 from lvrpo.cli import main
+from lvrpo.commands.data_check import SIDE
 from lvrpo.config import parse_section
 from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.table_reading import reading
 from lvrpo.data.tables import DatasetConfig, DatasetPrompts
 from lvrpo.errors import InputError
+from lvrpo.report import grids
 from lvrpo.types import Prompt
 
 datasets = pytest.importorskip("datasets")
@@ -379,7 +381,8 @@ def test_check_shows_counts_problems_duplicates_and_leaks(capfd: pytest.CaptureF
     assert "train: 1 rows are there twice; the first: train.jsonl:2 asks what train.jsonl:1 asks" in out
     assert err.startswith("error: 2 rows cannot be used; the first: train.jsonl:3")
     with PilImage.open("rows.png") as sheet:
-        assert sheet.size[0] > 400
+        pixels = np.asarray(sheet)
+    assert (pixels == grids.EMPTY_COLOR).all(-1).sum() == 2 * SIDE**2  # a tile for each row that can be used
     sets = "data.datasets=[{path: pictures, preset: labels, train: train, test: 'train[:2]'}]"
     Path("own.yaml").write_text("extends: quickstart\ndata: {source: datasets}\n")
     assert main(["data", "check", "train.jsonl"]) == 2  # again, as after a change of the rows

@@ -167,7 +167,7 @@ def test_groups_filters_and_directions_are_named(tmp_path: Path) -> None:
     assert set(found) == {"a (lower is better)", "group", "b/em (strict)", "b/em (flexible)"}
     assert (found["group"].n, found["group"].record, found["b/em (strict)"].record) == (4, None, None)
     assert found["a (lower is better)"].record is not None
-    whole = HarnessEvaluation(found, 2.0).beside(Evaluation({}, seconds=3.0))
+    whole = HarnessEvaluation(found, 2.0).with_own(Evaluation({}, seconds=3.0))
     assert (whole.seconds, set(whole.results())) == (5.0, set(found))
 
 

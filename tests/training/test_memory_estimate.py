@@ -103,7 +103,7 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
 def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> None:
     recorded = [
         "data.prompts_per_step={generate: 1}",
-        "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 6}",
+        "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}",
         "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}",
     ]
 
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> Non
         changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
         return needed(small_base, *changes, phases=("replay of drawings",)).transient["replay of drawings"]
 
-    assert replayed(again=True) < replayed(again=False) / 2
+    assert replayed(again=True) < replayed(again=False) / 3
 
 
 def test_an_unused_old_policy_takes_no_memory(small_base: Path) -> None:
@@ -270,11 +270,10 @@ def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
     settings = [*FEW[:1], *FEW[2:], ASKED, WATCHING]
     found = [
         memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
-        for name in ("whole", "described")
+        for name in ("whole", "whole", "described")  # the first in a process counts tables that are made once
     ]
-    assert found[0].persistent == found[1].persistent
-    # what cycles of Python keep alive depends on when they are collected
-    assert found[0].transient == pytest.approx(found[1].transient, rel=0.03)
+    assert found[1] == found[2]
+    assert found[1] is not None
 
 
 def test_published_json_files_tell_the_published_sizes(tmp_path: Path) -> None:

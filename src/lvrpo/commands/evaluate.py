@@ -188,8 +188,8 @@ def evaluate_by_lmms(options: Options) -> None:
     if options.benchmark is not None:
         head, own, own_before = measured(options, console)
     result, before = evaluate_lmms(options, tasks, harness, console)
-    result = result.beside(own)
-    before = None if before is None else before.beside(own_before)
+    result = result.with_own(own)
+    before = None if before is None else before.with_own(own_before)
     report(options, head, result, before, console)
     require_all(before, result)
 

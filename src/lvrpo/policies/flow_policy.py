@@ -208,8 +208,3 @@ class LatentFlowPolicy(LibraryPolicy, Generic[R]):
             for k, logprobs, means in zip(part, flows.logprobs, flows.means, strict=True):
                 found[k] = SegmentLogprobs(logprobs, means=means, stds=flows.stds)
         return [found[k] for k in range(len(rows))]
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """The texts of a prompt, joined by spaces."""
-    return " ".join(part for part in prompt.parts if isinstance(part, str))

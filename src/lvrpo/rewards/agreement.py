@@ -11,7 +11,7 @@ from pydantic import Field
 from lvrpo.config import Config
 from lvrpo.metrics import answer_entropy
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Cell, Failures, Scores, logprob_problem
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, logprob_problem
 from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
 from lvrpo.types import Group, Prompt
 
@@ -64,7 +64,7 @@ class Agreement(Config):
         tallies = judged_votes(groups, texts, judge)
         majorities = [self._majority(tally) for tally in tallies]
         collapsed = self._collapsed(groups, answers, majorities)
-        values: dict[Cell, float] = {}
+        values: dict[SampleIndex, float] = {}
         failures: Failures = {}
         for p, (group, row, majority) in enumerate(zip(groups, answers, majorities, strict=True)):
             for g, answer in enumerate(row):

@@ -22,9 +22,9 @@ from lvrpo.policies.base import Judge
 from lvrpo.sampling import derive_seed
 from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
 
-Cell = tuple[int, int]
+SampleIndex = tuple[int, int]
 """(group, member)."""
-Failures = dict[Cell, str]
+Failures = dict[SampleIndex, str]
 """Why outputs have no score."""
 Side = Literal["read", "draw"]
 """read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
@@ -39,11 +39,13 @@ class Scores:
 
     values: torch.Tensor
     """float32 (P, G)."""
-    failures: Mapping[Cell, str] = field(default_factory=dict)
+    failures: Mapping[SampleIndex, str] = field(default_factory=dict)
     """Reasons of missing scores, by (group, member); the value there is never used."""
 
     @classmethod
-    def of(cls, groups: Sequence[Group], found: Mapping[Cell, float | torch.Tensor], failures: Failures) -> Scores:
+    def of(
+        cls, groups: Sequence[Group], found: Mapping[SampleIndex, float | torch.Tensor], failures: Failures
+    ) -> Scores:
         """The scores ``found``; all others are missing."""
         values = torch.full((len(groups), len(groups[0])), math.nan)
         for cell, value in found.items():
@@ -131,9 +133,9 @@ def image_problems(trajectories: Sequence[Trajectory], judge: object = None) -> 
     return problems
 
 
-def scorable_images(groups: Sequence[Group], judge: object = None) -> tuple[dict[Cell, Image], Failures]:
+def scorable_images(groups: Sequence[Group], judge: object = None) -> tuple[dict[SampleIndex, Image], Failures]:
     """The last picture of every trajectory that has no ``image_problem``, and the problems of the others."""
-    found: dict[Cell, Image] = {}
+    found: dict[SampleIndex, Image] = {}
     failures: Failures = {}
     for p, group in enumerate(groups):
         problems = image_problems(group.trajectories, judge)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge, Sampling
-from lvrpo.rewards.base import Cell, Scores, scorable_images
+from lvrpo.rewards.base import SampleIndex, Scores, scorable_images
 from lvrpo.rewards.verifiable_text import TRUNCATED, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
@@ -42,7 +42,7 @@ class CaptionBack(Config):
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         pictures, failures = scorable_images(groups, judge)
-        found: dict[Cell, float] = {}
+        found: dict[SampleIndex, float] = {}
         asked = [
             Prompt(f"{groups[p].prompt.id}/described/{g}", "understand", (image, self.instruction), ("text",))
             for (p, g), image in pictures.items()

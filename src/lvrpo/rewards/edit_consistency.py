@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Cell, Failures, Scores, Side, scorable_images
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, Side, scorable_images
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import (
     MIN_CONFIDENCE,
@@ -101,7 +101,7 @@ class EditConsistency(Config):
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         self._say_what_is_guessed(groups)
         pictures, failures = scorable_images(groups)
-        scores: dict[Cell, float] = {}
+        scores: dict[SampleIndex, float] = {}
         for (p, g), image in pictures.items():
             source, region = groups[p].prompt.images[-1], groups[p].prompt.edited
             if image.shape != source.shape:
@@ -146,7 +146,7 @@ class EditConsistency(Config):
         has = share > 0
         return (summed[has] / share[has]).sqrt(), share[has]
 
-    def _ask(self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge) -> tuple[dict[Cell, float], Failures]:
+    def _ask(self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge) -> tuple[dict[SampleIndex, float], Failures]:
         """The product of the two means of confidences where something is asked, and why it has no answer."""
 
         def confirm(pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -183,11 +184,13 @@ class _Asks(Config):
                 failures |= {(places[i], g): reason for (i, g), reason in scores.failures.items()}
         return Scores(values, failures)
 
+    @abstractmethod
     def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        raise NotImplementedError
+        """The scores of groups of drawings."""
 
+    @abstractmethod
     def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        raise NotImplementedError
+        """The scores of groups of texts."""
 
 
 class Instruction(_Asks):

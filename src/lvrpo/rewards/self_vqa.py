@@ -11,7 +11,7 @@ from pydantic import AfterValidator, model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge, require_method
-from lvrpo.rewards.base import Cell, Failures, Scores, first_problem, join_judges, probabilities, scorable_images
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, first_problem, join_judges, probabilities, scorable_images
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -19,7 +19,7 @@ from lvrpo.types import Fact, Group, Image, Parts, Prompt
 BOTH_ORDERS = "{question} Answer {first} or {second}."
 """Template for yes-no questions that a model wrote, if ``choices`` is None."""
 
-Confidences = dict[Cell, torch.Tensor]
+Confidences = dict[SampleIndex, torch.Tensor]
 
 
 class Reader(Protocol):
@@ -108,7 +108,7 @@ class SelfVQA(Config):
             groups, missing = self.generator.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
         pictures, failures = scorable_images(groups, reader)
         asked: list[tuple[Image, Fact]] = []
-        facts_of: dict[Cell, slice] = {}
+        facts_of: dict[SampleIndex, slice] = {}
         for (p, g), image in pictures.items():
             facts = self.known(groups[p].prompt)
             if not facts:

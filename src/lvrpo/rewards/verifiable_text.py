@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -79,9 +80,9 @@ class TextRule(Config):
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         return score_texts(groups, self.cut_off, self.rule)
 
+    @abstractmethod
     def rule(self, text: str, prompt: Prompt) -> float:
         """The score of a text."""
-        raise NotImplementedError
 
 
 # --- exact_answer ---

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Cell, Failures, Scores, image_problem, join_judges
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, image_problem, join_judges
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.rewards.verifiable_text import normalize_answer, text_problem
@@ -103,7 +103,7 @@ class VLMEndpoint(Config):
         if self._generator is not None:
             groups, missing = self._generator.with_questions(groups, judge, self._confirm)
         failures: Failures = {}
-        asked: list[tuple[Cell, Parts, str]] = []
+        asked: list[tuple[SampleIndex, Parts, str]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
                 problem = missing.get(p) or self._problem(trajectory)
@@ -111,7 +111,7 @@ class VLMEndpoint(Config):
                     failures[p, g] = problem
                 else:
                     asked += [((p, g), *request) for request in self._requests(trajectory)]
-        found, unanswered = ask_cells(self._client, asked, self.read)
+        found, unanswered = ask_endpoint(self._client, asked, self.read)
         means = {cell: sum(terms) / len(terms) for cell, terms in found.items()}
         return Scores.of(groups, means, failures | unanswered)
 
@@ -148,12 +148,12 @@ class VLMEndpoint(Config):
         return [((*prompt.images, trajectory.image, self._template.replace("{prompt}", prompt.text)), "")]
 
 
-def ask_cells(
-    client: ChatEndpoint, asked: Sequence[tuple[Cell, Parts, str]], read: Callable[[str, str], float | NoAnswer]
-) -> tuple[dict[Cell, list[float]], Failures]:
+def ask_endpoint(
+    client: ChatEndpoint, asked: Sequence[tuple[SampleIndex, Parts, str]], read: Callable[[str, str], float | NoAnswer]
+) -> tuple[dict[SampleIndex, list[float]], Failures]:
     """The numbers that ``read`` makes of the answers about each output, given the request and the right answer of each;
     an output with a question that has no answer has the reason instead."""
-    found: dict[Cell, list[float]] = {}
+    found: dict[SampleIndex, list[float]] = {}
     failures: Failures = {}
     answers = client.ask([parts for _, parts, _ in asked])
     for (cell, _, wanted), answer in zip(asked, answers, strict=True):

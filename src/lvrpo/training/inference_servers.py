@@ -254,9 +254,8 @@ class VLLMServer(InferenceServer):
         with _shape_errors(self.name):
             plain = self.policy.allowed.tolist()
             wanted, found = ([i for i in ids if plain[i]] for ids in (prompt.ids.tolist(), reply["prompt_token_ids"]))
-            self._require_same_prompt(
-                wanted, found
-            )  # without the placeholders of pictures, which are not allowed in a text
+            # without the placeholders of pictures, which are not allowed in a text
+            self._require_same_prompt(wanted, found)
             return [
                 Answer(choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
                 for choice in sorted(reply["choices"], key=lambda choice: choice["index"])

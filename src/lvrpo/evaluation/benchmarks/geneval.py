@@ -25,7 +25,7 @@ from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenc
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Cell, Scores, score_images
+from lvrpo.rewards.base import SampleIndex, Scores, score_images
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
 from lvrpo.types import Group, Image, Prompt
 
@@ -101,7 +101,7 @@ class ConfirmedFacts:
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         found, failures = self.vqa.confidences(groups, judge, judge)
-        values: dict[Cell, float] = {}
+        values: dict[SampleIndex, float] = {}
         for cell, confidences in found.items():
             if confidences.isnan().any():
                 failures[cell] = "the judge gave no probability to any answer"

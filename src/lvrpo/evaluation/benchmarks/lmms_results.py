@@ -62,7 +62,7 @@ class HarnessEvaluation:
     own: Evaluation | None = None
     """Benchmarks of ours that the same command evaluated."""
 
-    def beside(self, own: Evaluation | None) -> HarnessEvaluation:
+    def with_own(self, own: Evaluation | None) -> HarnessEvaluation:
         """With benchmarks of ours, whose seconds are added."""
         return self if own is None else replace(self, own=own, seconds=self.seconds + own.seconds)
 

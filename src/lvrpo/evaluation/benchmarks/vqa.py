@@ -24,11 +24,11 @@ from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
 from lvrpo.reading import Record, parse_typed_json, read_lines, read_text
 from lvrpo.records import MeanOver
-from lvrpo.rewards.base import Cell, Failures, Scores, scorable_images
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, scorable_images
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig
 from lvrpo.rewards.external import ExternalVLM
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA
-from lvrpo.rewards.vlm_endpoint import ask_cells, read_answer
+from lvrpo.rewards.vlm_endpoint import ask_endpoint, read_answer
 from lvrpo.types import Fact, Group, Prompt
 
 Combine = Callable[[Prompt, Sequence[float]], float]
@@ -85,14 +85,14 @@ class QuestionScorer:
 
     def _ask_endpoint(
         self, groups: Sequence[Group], endpoint: ChatEndpoint
-    ) -> tuple[dict[Cell, list[float]], Failures]:
+    ) -> tuple[dict[SampleIndex, list[float]], Failures]:
         pictures, failures = scorable_images(groups)
         asked = [
             ((p, g), (image, ONE_WORD.format(question=fact.question)), fact.answer)
             for (p, g), image in pictures.items()
             for fact in groups[p].prompt.facts
         ]
-        found, unanswered = ask_cells(endpoint, asked, read_answer)
+        found, unanswered = ask_endpoint(endpoint, asked, read_answer)
         return found, failures | unanswered
 
 

@@ -23,7 +23,7 @@ from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, require_method
 from lvrpo.reading import Record, read_json, validate_type
-from lvrpo.rewards.base import Cell, Scores, first_problem, scorable_images
+from lvrpo.rewards.base import SampleIndex, Scores, first_problem, scorable_images
 from lvrpo.rewards.endpoint import ChatEndpoint, NoAnswer
 from lvrpo.rewards.self_vqa import Reader
 from lvrpo.types import Group, Image, Parts, Prompt
@@ -190,7 +190,7 @@ class WiScore:
         rows = [(groups[p].prompt, image) for (p, _), image in pictures.items()]
         endpoint = self.judge.endpoint
         found = self._rated(rows, reader) if endpoint is None else self._asked(rows, endpoint)
-        scores: dict[Cell, float] = {}
+        scores: dict[SampleIndex, float] = {}
         for cell, numbers in zip(pictures, found, strict=True):
             if isinstance(numbers, NoAnswer):
                 failures[cell] = numbers.reason

@@ -19,10 +19,6 @@ class Flux(FlowPipeline):
     defaults = Sampling(num_steps=28, guidance_scale=3.5, solver="euler")
 
     @property
-    def patch(self) -> int:
-        return 2
-
-    @property
     def guidance(self) -> Literal["embedded", "none"]:
         return "embedded" if self.config.guidance_embeds else "none"
 
@@ -43,10 +39,10 @@ class Flux(FlowPipeline):
         grid: Grid,
         scale: float | None,
     ) -> torch.Tensor:
-        source = condition.get("source")
-        places, N = _places(grid, 0), x_t.shape[1]
+        source, N = condition.get("source"), x_t.shape[1]
+        places = _places(1 if source is None else 2, grid, x_t)
         if source is not None:
-            x_t, places = torch.cat([x_t, source], 1), torch.cat([places, _places(grid, 1)])
+            x_t = torch.cat([x_t, source], 1)
         length = condition["embeds"].shape[1]
         return transformer(
             hidden_states=x_t,
@@ -55,14 +51,14 @@ class Flux(FlowPipeline):
             pooled_projections=condition["pooled"],
             encoder_hidden_states=condition["embeds"],
             txt_ids=torch.zeros(length, 3, device=x_t.device, dtype=x_t.dtype),
-            img_ids=places.to(x_t),
+            img_ids=places,
             return_dict=False,
         )[0][:, :N]
 
 
-def _places(grid: Grid, image: int) -> torch.Tensor:
-    """(N, 3): the number of the image, row and column of each patch."""
-    return torch.cartesian_prod(torch.tensor([image]), torch.arange(grid[0]), torch.arange(grid[1]))
+def _places(images: int, grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """(images * N, 3), of the dtype and on the device of ``like``: the image, row and column of each patch."""
+    return torch.cartesian_prod(*(torch.arange(n, device=like.device) for n in (images, *grid))).to(like.dtype)
 
 
 class FluxKontext(Flux):

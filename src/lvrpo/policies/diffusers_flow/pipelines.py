@@ -70,14 +70,14 @@ class FlowPipeline(ABC):
         return self
 
     @property
-    @abstractmethod
     def guidance(self) -> Literal["classifier_free", "embedded", "none"]:
         """classifier_free: two branches; embedded: the scale is an input of the transformer (guidance distillation)."""
+        return "classifier_free"
 
     @property
-    @abstractmethod
     def patch(self) -> int:
         """Side of a patch in latent pixels."""
+        return 2
 
     @abstractmethod
     def encode_prompt(self, text: str) -> Condition:

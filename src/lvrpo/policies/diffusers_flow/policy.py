@@ -16,7 +16,7 @@ from lvrpo.policies.adapter import Modules, is_adapter
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.diffusers_flow.checkpoint import load_pipeline, save_pipeline
 from lvrpo.policies.diffusers_flow.pipelines import FlowPipeline, Grid
-from lvrpo.policies.flow_policy import LatentFlowPolicy, prompt_text
+from lvrpo.policies.flow_policy import LatentFlowPolicy
 from lvrpo.types import Group, Image, Prompt, SegmentKind, TaskKind, Trajectory
 
 Row = tuple[str, Image | None]
@@ -115,13 +115,13 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
         named = f"prompt {prompt.id!r}"
         if prompt.output != ("image",):
             raise InputError(f"{named}: this model draws and writes nothing: ask for an image alone")
-        images = sum(not isinstance(part, str) for part in prompt.parts)
+        images = len(prompt.images)
         if images and "edit" not in self.tasks:
             raise InputError(f"{named}: this model draws from text alone, not from a picture: leave the picture out")
         if images > 1:
             raise InputError(f"{named}: has {images} pictures: this model edits one: leave the others out")
         try:
-            self.check_text(prompt_text(prompt))
+            self.check_text(prompt.text)
         except InputError as error:
             raise InputError(f"{named}: {error}") from None
 
@@ -129,7 +129,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
 
     def row(self, prompt: Prompt) -> Row:
         """See ``LatentFlowPolicy.row``."""
-        return prompt_text(prompt), next((part for part in prompt.parts if not isinstance(part, str)), None)
+        return prompt.text, next(iter(prompt.images), None)
 
     def without_text(self, row: Row) -> Row:
         """See ``LatentFlowPolicy.without_text``."""

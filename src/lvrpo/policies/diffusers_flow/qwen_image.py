@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +26,6 @@ class QwenImage(FlowPipeline):
         rope = pipe.transformer.pos_embed
         if rope.pos_freqs.is_meta:  # of a transformer without weights: neither parameters nor buffers
             pipe.transformer.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
-
-    @property
-    def guidance(self) -> Literal["classifier_free"]:
-        return "classifier_free"
-
-    @property
-    def patch(self) -> int:
-        return 2
 
     @property
     def channels(self) -> int:

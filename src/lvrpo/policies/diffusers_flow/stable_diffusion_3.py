@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,6 @@ class StableDiffusion3(FlowPipeline):
     defaults = Sampling(num_steps=28, guidance_scale=7.0, solver="euler")
     linear_sigmas = False
     max_shift = 1.16
-
-    @property
-    def guidance(self) -> Literal["classifier_free"]:
-        return "classifier_free"
 
     @property
     def patch(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,6 @@ class ZImage(FlowPipeline):
     components = ("scheduler", "vae", "text_encoder", "tokenizer")
     transformer_class = "ZImageTransformer2DModel"
     defaults = Sampling(num_steps=50, guidance_scale=6.0, solver="euler")
-
-    @property
-    def guidance(self) -> Literal["classifier_free"]:
-        return "classifier_free"
-
-    @property
-    def patch(self) -> int:
-        return 2
 
     @property
     def default_size(self) -> int:

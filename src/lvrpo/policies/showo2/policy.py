@@ -19,7 +19,7 @@ from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.flow import sampling_grid
-from lvrpo.policies.flow_policy import Grid, LatentFlowPolicy, prompt_text
+from lvrpo.policies.flow_policy import Grid, LatentFlowPolicy
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.showo2.checkpoint import Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
@@ -107,7 +107,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     def row(self, prompt: Prompt) -> str:
         """See ``LatentFlowPolicy.row``: the text."""
-        return prompt_text(prompt)
+        return prompt.text
 
     def without_text(self, row: str) -> str:
         """See ``LatentFlowPolicy.without_text``: an empty prompt."""
@@ -135,7 +135,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         text = sum(len(s.tokens) for s in trajectory.segments if isinstance(s, TextSegment))
         if trajectory.image is None:
             return TokenCounts(0, self._length(self._question(trajectory.prompt)) + text, 0)
-        return TokenCounts(0, 0, self.row_tokens(prompt_text(trajectory.prompt), self._drawn_grid(trajectory)))
+        return TokenCounts(0, 0, self.row_tokens(trajectory.prompt.text, self._drawn_grid(trajectory)))
 
     # --- rollout ---
 
@@ -164,7 +164,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
             if pictures:
                 raise InputError(f"{named}: a Show-o2 draws from text alone, not from a picture: leave the picture out")
             grid = self.latent_grid(sampling.image_size)
-            length, new = len(self._drawn(prompt_text(prompt))), 1 + grid[0] * grid[1]
+            length, new = len(self._drawn(prompt.text)), 1 + grid[0] * grid[1]
         else:
             if len(pictures) > 1:
                 raise InputError(f"{named}: {len(pictures)} pictures: a Show-o2 reads one: leave the others out")
