@@ -46,10 +46,11 @@ KINDS = {
     "flux-tiny": RandomModel("FLUX", "PipelineSizes"),
     "kontext-tiny": RandomModel("FLUX Kontext", "PipelineSizes"),
     "qwen-image-tiny": RandomModel("Qwen-Image", "PipelineSizes"),
+    "qwen-image-edit-tiny": RandomModel("Qwen-Image-Edit", "PipelineSizes"),
     "z-image-tiny": RandomModel("Z-Image", "PipelineSizes"),
 }
 """Models by the name that ``lvrpo init`` takes."""
-PIPELINES = ("sd3-tiny", "flux-tiny", "kontext-tiny", "qwen-image-tiny", "z-image-tiny")
+PIPELINES = tuple(kind for kind, made in KINDS.items() if made.sizes == "PipelineSizes")
 TILED = ("janus-tiny", "showo-tiny", "mmada-tiny")
 """Models that take a tile codebook."""
 CROWDED = 2000

@@ -15,6 +15,7 @@ POLICIES: Mapping[str, str] = {
     "image_text_to_text": "lvrpo.policies.image_text_to_text:ImageTextToTextPolicy",
     "diffusers": "lvrpo.policies.diffusers_flow.policy:DiffusersPolicy",
     "diffusers_edit": "lvrpo.policies.diffusers_flow.policy:DiffusersEditPolicy",
+    "diffusers_edit_only": "lvrpo.policies.diffusers_flow.policy:DiffusersEditOnlyPolicy",
 }
 """Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there, and its
 package allowed by name (``--allow-code=my_package``). ``image_text_to_text`` is every type that transformers maps to

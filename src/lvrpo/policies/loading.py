@@ -203,7 +203,7 @@ def model_type(folder: Path) -> str:
         return "bagel"
     path = folder / "config.json"
     if (folder / INDEX).is_file():
-        return "diffusers_edit" if require_supported(folder) in EDITING else "diffusers"
+        return EDITING.get(require_supported(folder), "diffusers")
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "

@@ -15,6 +15,9 @@ from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.types import Prompt
 
+EDITORS = ("kontext-tiny", "qwen-image-edit-tiny")
+"""Pipelines that are others but for their edits, which have tests of their own."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("diffusers") is None:
@@ -50,7 +53,7 @@ def policies(folders: Callable[[str], Path]) -> Callable[[str], DiffusersPolicy]
     return policy
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind != "kontext-tiny"])  # which is a FLUX but for its edits
+@pytest.fixture(params=[kind for kind in KINDS if kind not in EDITORS])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -16,11 +16,17 @@ PIPELINES: Mapping[str, str] = {
     "FluxPipeline": "lvrpo.policies.diffusers_flow.flux:Flux",
     "FluxKontextPipeline": "lvrpo.policies.diffusers_flow.flux:FluxKontext",
     "QwenImagePipeline": "lvrpo.policies.diffusers_flow.qwen_image:QwenImage",
+    "QwenImageEditPipeline": "lvrpo.policies.diffusers_flow.qwen_image:QwenImageEdit",
+    "QwenImageEditPlusPipeline": "lvrpo.policies.diffusers_flow.qwen_image:QwenImageEditPlus",
     "ZImagePipeline": "lvrpo.policies.diffusers_flow.z_image:ZImage",
 }
 """The class of each supported pipeline, by ``_class_name``."""
-EDITING = ("FluxKontextPipeline",)
-"""The pipelines that edit images, too."""
+EDITING: Mapping[str, str] = {
+    "FluxKontextPipeline": "diffusers_edit",
+    "QwenImageEditPipeline": "diffusers_edit_only",
+    "QwenImageEditPlusPipeline": "diffusers_edit_only",
+}
+"""The type of policy of the pipelines that edit images, too, or only."""
 
 
 def require_supported(folder: Path) -> str:

@@ -54,7 +54,7 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None
     low = torch.float32 if on_cpu else torch.bfloat16
     parts: dict[str, Any] = {}
     for part in (TRAINED, *adapter.components):
-        cls = _part_class(folder, index, part, part in adapter.optional)
+        cls = adapter.part_class(part, _part_class(folder, index, part, part in adapter.optional))
         if part == TRAINED and cls.__name__ != adapter.transformer_class:
             raise InputError(
                 f"{folder / INDEX}: {part} is a {cls.__name__}, a {name} has a {adapter.transformer_class}: restore it"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,8 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import pre_tokenizers
 
+from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.policies.diffusers_flow import INDEX
 from lvrpo.policies.diffusers_flow.checkpoint import SCHEDULER, diffusers_library, quiet_diffusers
 from lvrpo.policies.transformers_library import transformers_library
 
@@ -20,6 +23,10 @@ CLIP_TOKENS = 77
 """Length of a prompt that CLIP reads."""
 VAE_WIDTH = 8
 """Channels of the autoencoder's layers."""
+VISION_PATCH = 8
+"""Side of a patch of the vision encoder."""
+IMAGE_MARKERS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Tokens around and in the place of an image that a Qwen reads."""
 
 
 class PipelineSizes(Config):
@@ -61,7 +68,10 @@ def create_pipeline(kind: str, sizes: PipelineSizes, folder: Path) -> None:
         raise InputError(f"kind {kind!r}: unknown: use {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]), quiet_diffusers():
         torch.manual_seed(sizes.seed)
-        KINDS[kind](sizes).save_pretrained(str(folder), safe_serialization=True)
+        pipe = KINDS[kind](sizes)
+        pipe.save_pretrained(str(folder), safe_serialization=True)
+        if kind == "qwen-image-edit-tiny":
+            _save_processor(pipe.tokenizer, folder)
 
 
 def stable_diffusion_3(sizes: PipelineSizes) -> Any:
@@ -127,16 +137,19 @@ def flux_kontext(sizes: PipelineSizes) -> Any:
     return flux(sizes, "FluxKontextPipeline")
 
 
-def qwen_image(sizes: PipelineSizes) -> Any:
-    """A QwenImagePipeline. Any: of an optional package."""
+def qwen_image(sizes: PipelineSizes, cls: str = "QwenImagePipeline", markers: Sequence[str] = ()) -> Any:
+    """A QwenImagePipeline, or another class of its parts; ``markers``: of images in a text. Any: of a package."""
     diffusers, transformers = diffusers_library(), transformers_library("a pipeline")
     tokenizer, head = qwen_tokenizer(), sizes.width // sizes.heads
+    tokenizer.add_tokens(list(markers), special_tokens=True)
     text = _qwen_sizes(sizes, tokenizer)
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     config = transformers.Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope},
-        vision_config={**vision, "out_hidden_size": sizes.text_width},
+        vision_config={**vision, "out_hidden_size": sizes.text_width, "patch_size": VISION_PATCH},
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(list(markers)), strict=False)),
     )
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=4 * sizes.latent_channels,
@@ -157,13 +170,35 @@ def qwen_image(sizes: PipelineSizes) -> Any:
         latents_mean=[0.1] * sizes.latent_channels,
         latents_std=[1.5] * sizes.latent_channels,
     )
-    return diffusers.QwenImagePipeline(
+    return getattr(diffusers, cls)(
         transformer=transformer,
         scheduler=_dynamic_scheduler(),
         vae=vae,
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
+        **({"processor": None} if markers else {}),
     )
+
+
+def qwen_image_edit(sizes: PipelineSizes) -> Any:
+    """A QwenImageEditPipeline without its processor, see ``_save_processor``. Any: of an optional package."""
+    return qwen_image(sizes, "QwenImageEditPipeline", IMAGE_MARKERS)
+
+
+def _save_processor(tokenizer: Any, folder: Path) -> None:
+    """Writes the files of a Qwen2VLProcessor, which is made with torchvision alone. Any: of an optional package."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    limits, part = {"shortest_edge": (2 * VISION_PATCH) ** 2, "longest_edge": 64**2}, folder / "processor"
+    images = Qwen2VLImageProcessorPil(patch_size=VISION_PATCH, size=limits)
+    images.save_pretrained(str(part))
+    tokenizer.save_pretrained(str(part))
+    videos = json.loads((part / "preprocessor_config.json").read_text())
+    videos = {name: value for name, value in videos.items() if name != "image_processor_type"}
+    videos["video_processor_type"] = "Qwen2VLVideoProcessor"
+    write_atomic(part / "video_preprocessor_config.json", (json.dumps(videos, indent=2) + "\n").encode())
+    index = json.loads((folder / INDEX).read_text()) | {"processor": ["transformers", "Qwen2VLProcessor"]}
+    write_atomic(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def z_image(sizes: PipelineSizes) -> Any:
@@ -194,6 +229,7 @@ KINDS: Mapping[str, Callable[[PipelineSizes], Any]] = {
     "flux-tiny": flux,
     "kontext-tiny": flux_kontext,
     "qwen-image-tiny": qwen_image,
+    "qwen-image-edit-tiny": qwen_image_edit,
     "z-image-tiny": z_image,
 }
 """The pipelines that ``create_pipeline`` makes."""

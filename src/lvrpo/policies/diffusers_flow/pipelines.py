@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.encoders import resized
+from lvrpo.pictures import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.flow import stochastic_steps
 from lvrpo.policies.latent_cache import LatentCache
@@ -27,6 +27,8 @@ from lvrpo.types import Image
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
+Row = tuple[str, Image | None]
+"""The text of a prompt and its source image."""
 Condition = Mapping[str, torch.Tensor]
 """An encoded prompt without a batch dimension: ``embeds`` (L, D) and what else the transformer takes.
 
@@ -58,12 +60,14 @@ class FlowPipeline(ABC):
     """Default for schedulers with dynamic shifting that name no maximum."""
     empty_prompt: ClassVar[str] = ""
     """The prompt of the unguided branch."""
+    encodes_source: ClassVar[bool] = False
+    """Whether a prompt is encoded together with its source image."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
         """``pipe``: the pipeline of diffusers, read from ``folder``. Any: of an optional package."""
         self.pipe, self.folder = pipe, folder
         self.config: Any = pipe.transformer.config
-        self._encoded: OrderedDict[str, Condition] = OrderedDict()
+        self._encoded: OrderedDict[Hashable, tuple[Image | None, Condition]] = OrderedDict()
         self._sources = LatentCache()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -79,9 +83,18 @@ class FlowPipeline(ABC):
         """Side of a patch in latent pixels."""
         return 2
 
+    @classmethod
+    def part_class(cls, part: str, found: Any) -> Any:
+        """The class that reads a component; ``found``: the one of model_index.json. Any: of an optional package."""
+        return found
+
     @abstractmethod
     def encode_prompt(self, text: str) -> Condition:
         """A prompt as the pipeline's own encoders encode it."""
+
+    def encode_edit(self, text: str, source: Image, grid: Grid) -> Condition:
+        """A prompt and its source image, of a pipeline with ``encodes_source``."""
+        raise NotImplementedError
 
     @abstractmethod
     def velocity(
@@ -105,22 +118,28 @@ class FlowPipeline(ABC):
     # --- prompts ---
 
     def check_text(self, text: str) -> None:
-        """Raises InputError for a prompt that would be cut off."""
+        """Raises InputError for a prompt that would be cut off, or holds a marker of the encoders."""
         tokenizer, limit = self.longest_prompt()
+        markers = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        if found := next((marker for marker in markers if marker in text), None):
+            raise InputError(f"{text[:40]!r}: holds {found}, a marker of the model: leave it out")
         # characters of a longer text are not tokenized: that takes time without end
         length = len(tokenizer(text[: 64 * limit]).input_ids)
         if length > limit:
             raise InputError(f"a prompt of {length} tokens: {text[:40]!r}...: the limit is {limit}: shorten it")
 
     @torch.no_grad()
-    def conditions(self, texts: Sequence[str], device: torch.device) -> Condition:
-        """The encoded prompts with a batch dimension, each different one encoded once."""
-        for text in dict.fromkeys(texts):
-            if text not in self._encoded:
+    def conditions(self, rows: Sequence[Row], grid: Grid, device: torch.device) -> Condition:
+        """The encoded prompts with a batch dimension, each different one encoded once; images differ by object."""
+        keys = [(text, id(source), grid) if self.encodes_source else text for text, source in rows]
+        for key, (text, source) in zip(keys, rows, strict=True):
+            if key not in self._encoded:
+                reads = source if self.encodes_source else None
                 with torch.autocast(device.type, enabled=False):
-                    self._encoded[text] = self.encode_prompt(text)
-            self._encoded.move_to_end(text)
-        found = [self._encoded[text] for text in texts]
+                    encoded = self.encode_prompt(text) if reads is None else self.encode_edit(text, reads, grid)
+                self._encoded[key] = reads, encoded  # the image is held, so that its identity stays its own
+            self._encoded.move_to_end(key)
+        found = [self._encoded[key][1] for key in keys]
         while len(self._encoded) > ENCODED_PROMPTS:
             self._encoded.popitem(last=False)
         return self.collate(found, device)
@@ -133,8 +152,8 @@ class FlowPipeline(ABC):
             batch["mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
         return batch
 
-    def prompt_tokens(self) -> int:
-        """L at most."""
+    def prompt_tokens(self, grid: Grid) -> int:
+        """L at most, of the prompt of an image of this size."""
         return self.longest_prompt()[1]
 
     # --- latents ---
@@ -192,11 +211,16 @@ class FlowPipeline(ABC):
         return self._sources.get(image, grid, lambda image: self._encode_source(image, grid))
 
     def _encode_source(self, image: Image, grid: Grid) -> torch.Tensor:
-        vae, (rows, columns) = self.pipe.vae, grid
-        pixels = 2 * resized(image, columns * self.stride, rows * self.stride)[None] - 1
+        vae, (height, width) = self.pipe.vae, (side * self.stride for side in grid)
+        pixels = self.pipe.image_processor.preprocess(to_pil(image), height, width)
         with torch.autocast(vae.device.type, enabled=False):
-            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor, self.patch)[0]
+            latents = self.encode_pixels(pixels.to(vae.device, vae.dtype))
+        return pack(latents, self.patch)[0]
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents (B, channels, height, width) of pixels (B, 3, H, W) in [-1, 1]."""
+        vae = self.pipe.vae
+        return (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
 
     # --- times ---
 

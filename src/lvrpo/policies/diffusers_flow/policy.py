@@ -15,19 +15,16 @@ from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Modules, is_adapter
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.diffusers_flow.checkpoint import load_pipeline, save_pipeline
-from lvrpo.policies.diffusers_flow.pipelines import FlowPipeline, Grid
+from lvrpo.policies.diffusers_flow.pipelines import FlowPipeline, Grid, Row
 from lvrpo.policies.flow_policy import LatentFlowPolicy
 from lvrpo.types import Group, Image, Prompt, SegmentKind, TaskKind, Trajectory
-
-Row = tuple[str, Image | None]
-"""The text of a prompt and its source image."""
 
 
 class DiffusersPolicy(LatentFlowPolicy[Row]):
     """A flow-matching text-to-image pipeline of diffusers.
 
-    It draws from text; ``DiffusersEditPolicy`` edits, too. Its states are latents as the transformer takes them, in
-    patches; a time is a sigma of the scheduler.
+    It draws from text; ``DiffusersEditPolicy`` edits, too, and ``DiffusersEditOnlyPolicy`` edits alone. Its states are
+    latents as the transformer takes them, in patches; a time is a sigma of the scheduler.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("flow",)
@@ -96,9 +93,10 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """Every pass of an image includes the tokens of its prompt, and the patches of a source image."""
         image = trajectory.image
-        patches = 0 if image is None else image[0].numel() // self.pipeline.stride**2
-        images = 1 + (self.row(trajectory.prompt)[1] is not None)
-        return TokenCounts(0, 0, images * patches + self.pipeline.prompt_tokens())
+        if image is None:
+            return TokenCounts(0, 0, 0)
+        grid = self.latent_grid((image.shape[1], image.shape[2]))
+        return TokenCounts(0, 0, self.row_tokens(self.row(trajectory.prompt), grid))
 
     # --- rollout ---
 
@@ -116,6 +114,8 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
         if prompt.output != ("image",):
             raise InputError(f"{named}: this model draws and writes nothing: ask for an image alone")
         images = len(prompt.images)
+        if not images and "generate" not in self.tasks:
+            raise InputError(f"{named}: this model edits a picture and draws none from text alone: give it one")
         if images and "edit" not in self.tasks:
             raise InputError(f"{named}: this model draws from text alone, not from a picture: leave the picture out")
         if images > 1:
@@ -141,7 +141,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
 
     def row_tokens(self, row: Row, grid: Grid) -> int:
         """See ``LatentFlowPolicy.row_tokens``; texts are padded."""
-        return (1 + (row[1] is not None)) * grid[0] * grid[1] + self.pipeline.prompt_tokens()
+        return (1 + (row[1] is not None)) * grid[0] * grid[1] + self.pipeline.prompt_tokens(grid)
 
     def latent_grid(self, image_size: tuple[int, int] | None) -> Grid:
         """See ``LatentFlowPolicy.latent_grid``."""
@@ -162,7 +162,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
     def flow(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """See ``LatentFlowPolicy.flow``."""
         dtype, branches = self.base_weight.dtype, len(rows) // len(x_t)
-        condition = dict(self.pipeline.conditions([text for text, _ in rows], self.device))
+        condition = dict(self.pipeline.conditions(rows, grid, self.device))
         sources = [self.pipeline.encode_source(source, grid) for _, source in rows if source is not None]
         if sources:
             condition["source"] = torch.stack(sources).to(self.device)
@@ -216,6 +216,12 @@ class DiffusersEditPolicy(DiffusersPolicy):
     """A pipeline that also edits: the prompt has one source image, which is resized to the size of the drawing."""
 
     tasks: tuple[TaskKind, ...] = ("generate", "edit")
+
+
+class DiffusersEditOnlyPolicy(DiffusersPolicy):
+    """A pipeline that draws nothing without a source image."""
+
+    tasks: tuple[TaskKind, ...] = ("edit",)
 
 
 GUIDANCE: Mapping[str, str] = {

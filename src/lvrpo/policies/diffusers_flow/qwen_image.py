@@ -1,15 +1,18 @@
-"""Qwen-Image."""
+"""Qwen-Image, and Qwen-Image-Edit."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from lvrpo.pictures import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
+from lvrpo.types import Image
 
 
 class QwenImage(FlowPipeline):
@@ -19,6 +22,8 @@ class QwenImage(FlowPipeline):
     transformer_class = "QwenImageTransformer2DModel"
     defaults = Sampling(num_steps=50, guidance_scale=4.0, guidance_renorm="channel_match", solver="euler")
     empty_prompt = " "
+    picture_words: ClassVar[str] = ""
+    """Before the prompt, where the template itself does not name the picture."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
         """See ``FlowPipeline``."""
@@ -34,10 +39,10 @@ class QwenImage(FlowPipeline):
     def longest_prompt(self) -> tuple[Any, int]:
         """512 tokens, among them what the template puts after the prompt."""
         pipe = self.pipe
-        template = pipe.tokenizer(pipe.prompt_template_encode.format("")).input_ids
+        template = pipe.tokenizer(pipe.prompt_template_encode.format(self.picture_words)).input_ids
         return pipe.tokenizer, 512 + pipe.prompt_template_encode_start_idx - len(template)
 
-    def prompt_tokens(self) -> int:
+    def prompt_tokens(self, grid: Grid) -> int:
         return 512
 
     def encode_prompt(self, text: str) -> Condition:
@@ -53,16 +58,79 @@ class QwenImage(FlowPipeline):
         grid: Grid,
         scale: float | None,
     ) -> torch.Tensor:
+        source, N = condition.get("source"), x_t.shape[1]
+        images = 1 if source is None else 2
         return transformer(
-            hidden_states=x_t,
+            hidden_states=x_t if source is None else torch.cat([x_t, source], 1),
             timestep=t,
             encoder_hidden_states=condition["embeds"],
             encoder_hidden_states_mask=condition.get("mask"),
-            img_shapes=[[(1, *grid)]] * len(x_t),
+            img_shapes=[[(1, *grid)] * images] * len(x_t),
             return_dict=False,
-        )[0]
+        )[0][:, :N]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        mean, std = (latents.new_tensor(x)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
-        return vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+        mean, std = self._statistics(latents)
+        return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics(pixels)
+        return (self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+
+    def _statistics(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Mean and standard deviation of latents (channels, 1, 1)."""
+        config = self.pipe.vae.config
+        return [like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std)]
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit: Qwen2.5-VL reads the source image, whose latents follow those of the drawing, too.
+
+    Both branches of guidance have the image. Its tokens have the positions of rows and columns that the weights were
+    trained with, which pipelines of diffusers up to 0.42 leave out with transformers 5 (diffusers issue 14194).
+    """
+
+    components = (*QwenImage.components, "processor")
+    encodes_source = True
+
+    @classmethod
+    def part_class(cls, part: str, found: Any) -> Any:
+        """The processor without its part for videos, which needs torchvision."""
+        return _pictures_alone(found) if part == "processor" else found
+
+    def prompt_tokens(self, grid: Grid) -> int:
+        processor, (height, width) = self.pipe.processor.image_processor, self.read_size(grid)
+        return 511 + processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+
+    def read_size(self, grid: Grid) -> tuple[int, int]:
+        """Height and width of the source image for the text encoder, whose processor resizes it further."""
+        return grid[0] * self.stride, grid[1] * self.stride
+
+    def encode_edit(self, text: str, source: Image, grid: Grid) -> Condition:
+        pipe = self.pipe
+        picture = pipe.image_processor.resize(to_pil(source), *self.read_size(grid))
+        words = pipe.prompt_template_encode.format(self.picture_words + text)
+        inputs = pipe.processor(text=[words], images=[picture], return_tensors="pt").to(pipe.text_encoder.device)
+        states = pipe.text_encoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+        return {"embeds": states[0, pipe.prompt_template_encode_start_idx :]}
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Qwen-Image-Edit-2509 and later, with one source image: the text encoder reads it at about 384 x 384."""
+
+    picture_words = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+
+    def read_size(self, grid: Grid) -> tuple[int, int]:
+        """An area of 384 x 384, sides rounded to multiples of 32."""
+        ratio = math.sqrt(grid[0] / grid[1])
+        return round(384 * ratio / 32) * 32, round(384 / ratio / 32) * 32
+
+
+def _pictures_alone(processor: Any) -> Any:
+    """A subclass of a processor of transformers that reads no videos. Any: classes of an optional package."""
+
+    class Pictures(processor):
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+            super().__init__(image_processor, tokenizer, None, chat_template)
+
+    return Pictures

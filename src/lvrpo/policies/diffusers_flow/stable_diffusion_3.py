@@ -34,7 +34,7 @@ class StableDiffusion3(FlowPipeline):
         has_t5 = self.pipe.text_encoder_3 is not None
         return (self.pipe.tokenizer_3, 256) if has_t5 else (self.pipe.tokenizer, self.pipe.tokenizer_max_length)
 
-    def prompt_tokens(self) -> int:
+    def prompt_tokens(self, grid: Grid) -> int:
         return self.pipe.tokenizer_max_length + 256
 
     def grid(self, image_size: tuple[int, int] | None) -> Grid:

@@ -29,7 +29,7 @@ class ZImage(FlowPipeline):
         template = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         return tokenizer, 512 - len(tokenizer(template).input_ids)
 
-    def prompt_tokens(self) -> int:
+    def prompt_tokens(self, grid: Grid) -> int:
         return 512
 
     def encode_prompt(self, text: str) -> Condition:
