@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
@@ -128,6 +130,27 @@ class TokenCounts:
     """Tokens of its text segments."""
     image: int
     """Tokens of one pass over the image that it generates."""
+
+
+_listener: ContextVar[Callable[[Sequence[Trajectory]], object]] = ContextVar("listener", default=lambda _: None)
+
+
+@contextmanager
+def listening(listener: Callable[[Sequence[Trajectory]], object]) -> Iterator[None]:
+    """Inside, ``listener`` is called with what policies ``announce``."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def announce(trajectories: Sequence[Trajectory]) -> None:
+    """A policy may call it in ``sample`` with trajectories whose texts and images are complete, before others are.
+
+    Their seeds are ``derive_seed(seed of the prompt, member)``; their log-probs may be missing.
+    """
+    _listener.get()(trajectories)
 
 
 READS_ONLY = "reads pictures and does not draw them"

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import Sampling, announce
 from lvrpo.policies.defaults import replay_settings as text_settings
 from lvrpo.policies.flow import (
     Guidance,
@@ -123,6 +123,7 @@ class LatentFlowPolicy(LibraryPolicy, Generic[R]):
             segments = flow_segments(flows, self.decode_latents(flows.latents, grid), sampling)
             for k, (prompt, member, each, _), segment in zip(part, own, segments, strict=True):
                 found[k] = Trajectory(prompt, member, (segment,), each)
+            announce([found[k] for k in part])
         return [found[k] for k in range(len(members))]
 
     def _parts(self, rows: Sequence[R], grid: Grid, guidance: Guidance) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from lvrpo.errors import InputError
 from lvrpo.pictures import to_pil
 from lvrpo.policies.adapter import Modules
-from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, save_model
@@ -249,6 +249,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
                     segment = self.make_segment(ids, sampling.temperature)
                     drawn.append(Trajectory(prompt, m, (segment,), seed))
+                announce(drawn[-len(some) :])
         reused = read if len(parts) == 1 else None  # only then a replay reads the same batch of prompts
         replayed = self._replay(drawn, entropy=False, read=reused)
         scored = [with_behavior_logprobs(t, found) for t, found in zip(drawn, replayed, strict=True)]

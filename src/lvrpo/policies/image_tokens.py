@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
 from lvrpo.policies.supervised import token_losses
@@ -194,6 +194,8 @@ class ImageTokenPolicy(TransformersPolicy):
                     found = self._draw(some, own, sampling, pixels) if draws else self._write(some, own, sampling)
                     for k, segment in zip(part, found, strict=True):
                         made[waiting[k]] += (segment,)
+                    done = [(made[i], *members[i]) for i in (waiting[k] for k in part)]
+                    announce([Trajectory(p, m, own, s) for own, p, m, s in done if len(own) == len(p.output)])
         drawn = [Trajectory(p, m, made[i], seed) for i, (p, m, seed) in enumerate(members)]
         scored = [with_behavior_logprobs(t, rows) for t, rows in zip(drawn, self.logprobs(drawn), strict=True)]
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]

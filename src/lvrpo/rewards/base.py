@@ -64,6 +64,9 @@ class Reward(Protocol):
       rules and for other models (default: both). Judge drift is measured, and the judge refreshed, only for these.
     - ``judged_by``: the model that judges instead of the frozen policy, such as an endpoint or a folder. It is written
       into the records of the run, so it must not contain a key.
+    - ``waits``: true if it waits for another program, such as a server, and has no ``sides``. It is then called in a
+      thread, for some groups of a step while others are sampled, so it must read only prompts and outputs, score each
+      group by itself, not use the GPU, and not change what the process shares, such as random generators.
     - ``relative``: true if scores only compare the members of a group. Held-out outputs, one per prompt, are then not
       scored.
     """

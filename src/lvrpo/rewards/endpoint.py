@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import random
 import re
 import socket
 import threading
@@ -25,6 +26,7 @@ from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.pictures import png
 from lvrpo.reading import parse_json
+from lvrpo.rewards.early import cancellation
 from lvrpo.rewards.secrets import is_variable_name, looks_like_secret
 from lvrpo.types import Image, Parts
 
@@ -106,12 +108,16 @@ class _PassingError(Exception):
         self.wait_s = wait_s
 
 
+_chance = random.Random()
+"""Of waits alone: those of a thread must not move Python's own generator."""
+
+
 class _Batch:
     """State shared by the requests of one call: the number of consecutive failures after all retries."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_a_row = limit, 0
-        self.over = threading.Event()
+        self.over = cancellation()
         self._lock = threading.Lock()
 
     def note(self, failed: bool) -> None:
@@ -172,11 +178,11 @@ class ChatEndpoint:
 
     def _answer(self, parts: Parts, batch: _Batch) -> Answer:
         tenacity, config = self._tenacity, self.config
-        backoff = tenacity.wait_exponential(config.backoff_s, LONGEST_WAIT) + tenacity.wait_random(0, config.backoff_s)
+        backoff = tenacity.wait_exponential(config.backoff_s, LONGEST_WAIT)
 
         def wait(state: Any) -> float:  # Any: tenacity's
             error = state.outcome.exception()
-            return max(backoff(state), min(error.wait_s, LONGEST_WAIT))
+            return max(backoff(state) + _chance.uniform(0, config.backoff_s), min(error.wait_s, LONGEST_WAIT))
 
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(config.retries + 1) | tenacity.stop_when_event_set(batch.over),

@@ -32,7 +32,7 @@ def reward(function: Function, /) -> Builder: ...
 
 @overload
 def reward(
-    *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[TaskKind] = TASKS
+    *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[TaskKind] = TASKS, waits: bool = False
 ) -> Callable[[Function], Builder]: ...
 
 
@@ -42,6 +42,7 @@ def reward(
     *,
     outputs: Sequence[OutputKind] | None = None,
     tasks: Sequence[TaskKind] = TASKS,
+    waits: bool = False,
 ) -> Builder | Callable[[Function], Builder]:
     """Turns a function that returns a number (or None) into a reward.
 
@@ -52,7 +53,8 @@ def reward(
     In the configuration: ``rewards: [{name: "./my_rewards.py:brightness", options: {target: 0.6}}]``. There the
     decorator may be left out. Its parameters select its arguments (``PARAMETERS``); all others are options. One of
     ``image`` is about pictures, one of ``text`` about texts, and prompts that ask for no such output are not scored;
-    ``outputs`` and ``tasks`` narrow it further.
+    ``outputs`` and ``tasks`` narrow it further. ``waits``: it waits for another program, such as a server, and may be
+    called in a thread while further groups are sampled (see ``Reward``).
 
     None or an exception masks that one output, with its reason; nothing else is ever put in its place.
     """
@@ -70,7 +72,7 @@ def reward(
         def build(**options: Any) -> FunctionReward:  # Any: each function has its own options
             mine = dict.fromkeys(name for name in handed if name in signature.parameters)
             signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
-            return FunctionReward(function, options, judges, tuple(tasks), needs)
+            return FunctionReward(function, options, judges, tuple(tasks), needs, waits)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
         vars(build)["makes"] = FunctionReward  # by which the registry knows that this function builds a reward
@@ -111,7 +113,9 @@ class FunctionReward:
         judges: tuple[OutputKind, ...],
         tasks: tuple[TaskKind, ...],
         needs: tuple[OutputKind, ...] = (),
+        waits: bool = False,
     ) -> None:
+        self.waits = waits
         self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs
         parameters = inspect.signature(function).parameters
         self.handed = [name for name in _parameter_names(function) if name in parameters]

@@ -24,6 +24,7 @@ from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Judge
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards.base import Scores, Side
+from lvrpo.rewards.early import cancellation
 from lvrpo.rewards.row import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
 
@@ -289,6 +290,7 @@ class _Scoring:
         self.done: dict[int, Scores | str] = {}
         self.calls: dict[Any, _Call] = {}  # by what Ray gives for a call
         self.deaths, self.own_deaths = Counter[int](), Counter[int]()
+        self.over = cancellation()
 
     def found(self) -> dict[int, Scores | str]:
         """The scores of every group, or the reason why it has none; raises the LvrpoErrors of the reward."""
@@ -300,6 +302,8 @@ class _Scoring:
                 if asked in self.calls:
                     self._collect(asked, self.calls[asked])
             self._end_overdue()
+            if self.over.is_set():
+                raise ContractError(f"reward {self.reward.title!r}: the run was stopped")
         return self.done
 
     def _submit(self) -> None:

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import OLD_NAMES, REWARDS
 from lvrpo.rewards.base import SIDES, Reward, Scores, Side, join_judges, judge_fingerprint
+from lvrpo.rewards.early import EarlyScores
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.secrets import is_secret_name, looks_like_secret
 from lvrpo.types import Group, OutputKind, Prompt, TaskKind
@@ -171,6 +172,8 @@ class RewardSource:
     reward: Reward
     judge: Judge | None = None
     """A judge that replaces the run's judge."""
+    early: EarlyScores = field(default_factory=EarlyScores, compare=False, repr=False)
+    """Scores of groups of ``submit``."""
 
     def scores(self, prompt: Prompt) -> bool:
         """Whether it has a say in the outputs of a prompt."""
@@ -188,6 +191,26 @@ class RewardSource:
     def foreign(self) -> bool:
         """Whether it is the user's code, which may modify its arguments and gets a copy; an actor has a copy anyway."""
         return self.config.name not in REWARDS and self.config.where is None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for another program and may do so in a thread, while the policy samples."""
+        own = bool(getattr(self.reward, "waits", False))  # optional in a class of the user
+        return self.config.where is not None or (own and not self.sides)
+
+    def submit(self, groups: Sequence[Group]) -> None:
+        """Begins to score groups; ``checked_scores`` takes the scores."""
+
+        def score(submitted: Sequence[Group]) -> tuple[Sequence[Group], Scores]:
+            nobody: Any = None  # a reward without sides asks no judge
+            chosen = [group for group in submitted if self.scores(group.prompt)]
+            return chosen, self.score(chosen, nobody) if chosen else Scores(torch.zeros(0, len(submitted[0])))
+
+        self.early.submit(groups, score)
+
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        """``Reward.score``, of a copy where the reward is the user's code."""
+        return self.reward.score(copy.deepcopy(groups) if self.foreign else groups, judge)
 
     @property
     def judged_by(self) -> str:
@@ -266,7 +289,7 @@ def checked_scores(source: RewardSource, groups: Sequence[Group], judge: Judge) 
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
         with _preserve_global_state():
-            result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
+            result = source.early.take(groups) or source.score(groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
         failures = dict(result.failures)
     except LvrpoError:
@@ -281,7 +304,7 @@ def checked_scores(source: RewardSource, groups: Sequence[Group], judge: Judge) 
     for p, g in (~values.isfinite()).nonzero().tolist():
         failures.setdefault((p, g), f"the score is {float(values[p, g])}")
     if failures and source.config.on_failure == "stop":
-        (p, g), reason = next(iter(failures.items()))
+        (p, g), reason = min(failures.items())  # whatever order they were found in
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
     return Scores(values, failures)
 

@@ -10,6 +10,7 @@ import torch
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Reward, judge_fingerprint
+from lvrpo.rewards.early import wait_for_early_scores
 from lvrpo.rewards.remote import RemoteReward, remote_reward
 from lvrpo.rewards.row import RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import Group, RewardTable
@@ -84,6 +85,8 @@ def score_groups_unchecked(
     reasons: dict[tuple[int, int, int], str] = {}
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
+        if source.waits:
+            wait_for_early_scores()
         if isinstance(source.reward, RemoteReward):  # one call for all
             source.reward.prefetch_applies([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]

@@ -69,6 +69,10 @@ class VLMEndpoint(Config):
     def judges(self) -> tuple[OutputKind, ...]:
         return ("text",) if self._of_text else ("image",)
 
+    @property
+    def waits(self) -> bool:
+        return self.questions is None or self.questions.by != "policy"
+
     @cached_property
     def judged_by(self) -> str:
         return join_judges(self._client.identity, self._generator)

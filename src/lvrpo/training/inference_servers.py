@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from lvrpo.config import Config
 from lvrpo.distributed import is_main
 from lvrpo.errors import ContractError, InputError
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Policy, Sampling, announce
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy, ReadPrompt
 from lvrpo.reading import parse_json
 from lvrpo.rewards.endpoint import HEADERS, LateError, UnreadableError, http_packages, picture_url, post
@@ -125,15 +125,16 @@ class InferenceServer(ABC):
         read = [policy.read_prompt(prompt) for prompt in prompts]
         for prompt in prompts:
             policy.check_prompt(prompt, sampling)
-        with ThreadPoolExecutor(min(self.config.workers, max(1, len(prompts)))) as pool:
-            answers = list(pool.map(lambda one, seed: self._sample(one, sampling, seed), read, seeds))
         groups = []
-        for prompt, seed, group in zip(prompts, seeds, answers, strict=True):
-            members = [
-                Trajectory(prompt, m, (self._segment(answer, sampling),), derive_seed(seed, m))
-                for m, answer in enumerate(group)
-            ]
-            groups.append(Group(prompt, tuple(members)))
+        with ThreadPoolExecutor(min(self.config.workers, max(1, len(prompts)))) as pool:
+            answers = pool.map(lambda one, seed: self._sample(one, sampling, seed), read, seeds)
+            for prompt, seed, group in zip(prompts, seeds, answers, strict=True):
+                members = [
+                    Trajectory(prompt, m, (self._segment(answer, sampling),), derive_seed(seed, m))
+                    for m, answer in enumerate(group)
+                ]
+                announce(members)
+                groups.append(Group(prompt, tuple(members)))
         return groups
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -13,7 +14,8 @@ from lvrpo.algorithms import resample_plan, signal_mask
 from lvrpo.config import Config, default_kind
 from lvrpo.data.base import Task
 from lvrpo.distributed import relay_errors
-from lvrpo.policies.base import MaskedScoring, Sampling
+from lvrpo.policies.base import MaskedScoring, Sampling, listening
+from lvrpo.rewards.early import cancel_calls
 from lvrpo.rewards.row import RewardSource
 from lvrpo.sampling import (
     check_window,
@@ -27,7 +29,7 @@ from lvrpo.sampling import (
 from lvrpo.training.data_parallel import replace_rows, sample_local, score_local
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.rollout_engine import Engine, EngineSampler, PolicyEngineConfig
-from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable
+from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable, Trajectory
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -277,11 +279,17 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
 
 
 def rollout(
-    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int, engine: EngineSampler | None = None
+    policies: Policies,
+    prompts: Sequence[Prompt],
+    config: TrainConfig,
+    step: int,
+    engine: EngineSampler | None = None,
+    rewards: Sequence[RewardSource] = (),
 ) -> list[Group]:
     """A group per prompt: text sampled from the policy, images from the old policy; both from the reference offline.
 
-    ``engine``: samples instead of the policy, with the same weights.
+    ``engine``: samples instead of the policy, with the same weights. ``rewards``: those that wait for other programs
+    begin to score each group once it is sampled.
     """
     names: tuple[SetName, SetName] = (
         ("policy", "old") if config.rollout.sample_from == "policy" else ("reference", "reference")
@@ -293,21 +301,70 @@ def rollout(
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == has_image]
         if indices:
             args = [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]
-            with policies.use(name) as policy:
+            with _early_scores(rewards, *args) as submit:
+                with policies.use(name) as policy:
+                    if engine is not None:
+                        engine.sync_weights(policy)
+                    sampled = [] if engine is not None else sample_local(policy, *args)
                 if engine is not None:
-                    engine.sync_weights(policy)
-                sampled = [] if engine is not None else sample_local(policy, *args)
-            if engine is not None:
-                sampled = sample_local(engine, *args)
+                    sampled = sample_local(engine, *args)
+                submit(sampled)
             groups.update(zip(indices, sampled, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
 
-class Rollouts:
-    """The rollouts of a run; those of the reference for a prompt pool are cached."""
+@contextmanager
+def _early_scores(
+    rewards: Sequence[RewardSource], prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[Callable[[Sequence[Group]], None]]:
+    """Inside, rewards that wait are given each group that a policy announces; ``submit`` gives them all others."""
+    waiting = [source for source in rewards if source.waits]
+    places = {derive_seed(seed, m): p for p, seed in enumerate(seeds) for m in range(sampling.group_size)}
+    members: dict[int, list[Trajectory]] = {p: [] for p in range(len(prompts))}
 
-    def __init__(self, policies: Policies, config: TrainConfig, engine: EngineSampler | None = None) -> None:
-        self.policies, self.config, self.engine = policies, config, engine
+    def announced(trajectories: Sequence[Trajectory]) -> None:
+        for trajectory in trajectories:
+            members[places[trajectory.seed]].append(trajectory)
+        complete = {places[t.seed]: members[places[t.seed]] for t in trajectories}
+        give(
+            [
+                Group(prompts[p], tuple(sorted(own, key=lambda t: t.member)))
+                for p, own in complete.items()
+                if len(own) == sampling.group_size
+            ]
+        )
+
+    def submit(groups: Sequence[Group]) -> None:
+        give([group for p, group in enumerate(groups) if group.trajectories and not members[p]])
+
+    def give(groups: Sequence[Group]) -> None:
+        for source in waiting if groups else ():
+            source.submit(groups)
+
+    try:
+        with listening(announced) if waiting else nullcontext():
+            yield submit
+    except BaseException:
+        for source in waiting:
+            source.early.discard()
+        cancel_calls()
+        raise
+
+
+class Rollouts:
+    """The rollouts of a run; those of the reference for a prompt pool are cached.
+
+    ``rewards``: those that wait for other programs score groups while others are sampled.
+    """
+
+    def __init__(
+        self,
+        policies: Policies,
+        config: TrainConfig,
+        engine: EngineSampler | None = None,
+        rewards: Sequence[RewardSource] = (),
+    ) -> None:
+        self.policies, self.config, self.engine, self.rewards = policies, config, engine, rewards
         self.cache: dict[int, list[Group]] = {}
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
@@ -322,7 +379,7 @@ class Rollouts:
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """``rollout`` without the cache."""
-        return rollout(self.policies, prompts, self.config, step, self.engine)
+        return rollout(self.policies, prompts, self.config, step, self.engine, self.rewards)
 
 
 def resample(

@@ -181,7 +181,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with open_engine(config, policies.policy, run.path / START, self.base) as engine:
             if state.step == 0:
                 self._before_first_step(engine)
-            rollouts, stopped = Rollouts(policies, config, engine), False
+            rollouts, stopped = Rollouts(policies, config, engine, self.rewards), False
             while (step := state.step) < config.steps and not stopped:
                 with self.logged_step(observe) as row:
                     validates = (step + 1) % config.validation.every == 0 or step + 1 == config.steps

@@ -15,7 +15,7 @@ from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy
-from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.flow import flow_segments, guidance_of
 from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
@@ -143,6 +143,7 @@ class MoTPolicy(AdaptablePolicy):
                 indices = [same[k] for k in part]
                 batch = self._sample_batch([members[i] for i in indices], sampling)
                 out.update(zip(indices, batch, strict=True))
+                announce(batch)
         return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
 
     @torch.no_grad()

@@ -1,0 +1,246 @@
+"""Rewards that wait for another program score groups while others are sampled, with the numbers of a run without it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+
+from lvrpo.config import parse_section
+from lvrpo.errors import InputError, LvrpoError
+from lvrpo.policies.mot import model_runner
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.early import wait_for_early_scores
+from lvrpo.rewards.endpoint import ChatEndpoint
+from lvrpo.rewards.function import reward
+from lvrpo.rewards.row import RewardConfig, RewardSource, local_source
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.sources import CustomParts, PromptList
+from lvrpo.training.trainer import Trainer
+from lvrpo.types import Group, Image, Prompt
+
+WAIT_S = 20.0
+TITLES = ("a red circle", "draw a circle", "a circle")
+
+
+def judged(body: dict[str, Any]) -> str:
+    """An answer that depends on the bytes of the picture."""
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    return str(crc32(url.encode()) % 11)
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """Starts a run whose three groups of drawings are sampled one after another."""
+    monkeypatch.setattr(model_runner, "MAX_ROWS", 4)
+    sizes = MoTConfig(width=32, depth=1, heads=2, key_heads=2, mlp_width=32)
+    torch.manual_seed(0)
+    config = TinyConfig(image_size=16, tower_width=16, transformer=sizes)
+    policy = TinyPolicy.from_vocabulary(config, ("draw", "a", "red", "circle"))
+    for parameter in policy.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # a fresh policy draws one picture only
+    policy.save(tmp_path / "policy")
+
+    def started(name: str, rewards: Sequence[dict[str, Any]], given: dict[str, Any] | None = None) -> Trainer:
+        config = parse_section(
+            TrainConfig,
+            {
+                "policy": str(tmp_path / "policy"),
+                "device": "cpu",
+                "steps": 2,
+                "data": {"source": "python", "prompts_per_step": {"generate": 3}},
+                "rollout": {"group_size": 4, "num_steps": 2},
+                "rewards": list(rewards),
+                "validation": {"prompts": {"generate": 1}},
+            },
+            "test",
+        )
+        prompts = [Prompt(f"p{i}", "generate", (text,), ("image",)) for i, text in enumerate(TITLES)]
+        rows = {"train": PromptList(prompts), "validation": PromptList(prompts[:1])}
+        return Trainer.start(config, tmp_path / name, CustomParts(rows, given or {}))
+
+    return started
+
+
+def results(trainer: Trainer) -> list[dict[str, Any]]:
+    """The metrics of a run that is trained to its end, without times."""
+    with trainer.run:
+        assert trainer.train()
+        rows = trainer.run.metrics()
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def begin(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what comes before the first step; ``train`` then begins with it."""
+    trainer._before_first_step(None)
+    monkeypatch.setattr(trainer, "_before_first_step", lambda engine: None)
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is scored before all groups are sampled."""
+    monkeypatch.setattr(RewardSource, "waits", False)
+
+
+def test_the_numbers_are_those_of_a_run_that_scores_afterwards(
+    start: Callable[..., Trainer], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answer = judged
+    rows = [
+        {"name": "vlm_endpoint", "options": {"endpoint": server.options(), "ask": "rating"}},
+        {"name": "python:red", "label": "red", "weight": 0.5},
+    ]
+    calls: list[int] = []
+    ask = ChatEndpoint.ask
+
+    def counted(self: ChatEndpoint, asked: Any) -> Any:
+        calls.append(threading.get_ident())
+        return ask(self, asked)
+
+    monkeypatch.setattr(ChatEndpoint, "ask", counted)
+
+    def run(name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+        red = reward(lambda image: float(image[0].mean()))()
+        trainer = start(name, rows, {"red": red})
+        found = results(trainer)
+        return found, [p.detach().clone() for p in trainer.state.policies.module.parameters()]
+
+    early, weights = run("early")
+    in_thread = [ident for ident in calls if ident != threading.get_ident()]
+    one_by_one(monkeypatch)
+    calls.clear()
+    late, others = run("late")
+    assert len(in_thread) >= 2
+    assert set(calls) == {threading.get_ident()}
+    assert early == late
+    assert 0 < early[1]["reward/generate/vlm_endpoint"] < 1
+    assert all(torch.equal(one, other) for one, other in zip(weights, others, strict=True))
+
+
+def test_a_group_is_scored_before_the_next_is_sampled(
+    start: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = threading.Event()
+    calls: list[bool] = []
+    sample = MoTPolicy._sample_batch
+
+    def waiting(self: Any, members: Any, sampling: Any) -> Any:
+        if members[0].prompt.id == "p1":
+            calls.append(scored.wait(WAIT_S))  # for ever, if nothing scores meanwhile
+        return sample(self, members, sampling)
+
+    def slow(image: Image) -> float:
+        if threading.current_thread() is not threading.main_thread():
+            scored.set()
+        return 100 * float(image.mean())
+
+    trainer = start("run", [{"name": "python:slow", "label": "slow"}], {"slow": reward(waits=True)(slow)()})
+    with trainer.run:
+        begin(trainer, monkeypatch)
+        monkeypatch.setattr(MoTPolicy, "_sample_batch", waiting)
+        trainer.train()
+    assert calls
+    assert all(calls)
+
+
+@pytest.mark.parametrize("on_failure", ["mask", "stop"])
+@pytest.mark.parametrize("kind", ["score", "input", "shape"])
+def test_errors_are_those_of_a_run_that_scores_afterwards(
+    start: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, kind: str, on_failure: str
+) -> None:
+    class Broken:
+        sides, judges, waits = (), ("image",), True
+        steps = 0
+
+        def applies(self, prompt: Prompt) -> bool:
+            return True
+
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            values = torch.stack([torch.stack([100 * t.image.mean() for t in g.trajectories]) for g in groups])  # type: ignore[union-attr]
+            bad = [p for p, group in enumerate(groups) if group.prompt.id == "p1" and self.steps]
+            if kind == "input" and bad:
+                raise InputError("the key is refused: correct it")
+            if kind == "shape" and bad:
+                return Scores(values[0])
+            return Scores(values, {(p, 1): "no answer" for p in bad})
+
+    def outcome(name: str) -> tuple[str, list[dict[str, Any]]]:
+        broken = Broken()
+        row = {"name": "python:broken", "label": "broken", "on_failure": on_failure}
+        trainer = start(name, [row], {"broken": broken})
+        with trainer.run:
+            begin(trainer, monkeypatch)
+            broken.steps = 1
+            try:
+                trainer.train()
+                error = ""
+            except LvrpoError as raised:
+                error = f"{type(raised).__name__} {raised}"
+            rows = trainer.run.metrics()
+        return error, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+    early = outcome("early")
+    one_by_one(monkeypatch)
+    assert early == outcome("late")
+    assert bool(early[0]) == (kind != "score" or on_failure == "stop")
+
+
+def test_an_interruption_ends_what_waits(
+    start: Callable[..., Trainer], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = server.options(retries=50, backoff_s=30.0)
+    options = {"endpoint": endpoint, "ask": "rating"}
+    trainer = start("run", [{"name": "vlm_endpoint", "options": options}])
+    sample = MoTPolicy._sample_batch
+
+    def interrupted(self: Any, members: Any, sampling: Any) -> Any:
+        if members[0].prompt.id == "p2":
+            while len(server.bodies) == asked:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return sample(self, members, sampling)
+
+    server.answer = judged
+    with trainer.run:
+        begin(trainer, monkeypatch)
+        asked = len(server.bodies)
+        server.answer = lambda body: (503, "")
+        monkeypatch.setattr(MoTPolicy, "_sample_batch", interrupted)
+        chance = random.getstate()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        began = time.monotonic()
+        wait_for_early_scores()
+        assert time.monotonic() - began < 10  # not the 30 s of a try
+    assert random.getstate() == chance
+    assert not list((trainer.run.path / "checkpoints").glob("*.tmp*"))
+
+
+def test_rewards_that_ask_the_policy_do_not_wait(server: Any) -> None:
+    def source(**options: Any) -> RewardSource:
+        return local_source(RewardConfig(name="vlm_endpoint", options={"endpoint": server.options(), **options}))
+
+    assert source().waits
+    assert source(questions={"by": "grammar"}).waits
+    assert not source(questions={"by": "policy"}).waits
+
+    class Asks:
+        waits = True
+
+        def applies(self, prompt: Prompt) -> bool:
+            return True
+
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            return Scores(torch.zeros(len(groups), len(groups[0])))
+
+    assert not RewardSource(RewardConfig(name="python:asks"), Asks()).waits  # it asks the judge as far as anyone knows
