@@ -11,6 +11,8 @@ from small_vlm import without_videos
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.base import listening
+from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.registry import allow_code
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
@@ -21,7 +23,7 @@ from lvrpo.training.setup import open_policy, require_judge
 from lvrpo.training.sources import open_parts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
-from lvrpo.types import TASKS
+from lvrpo.types import TASKS, TextSegment, Trajectory
 
 SECTIONS = {
     "tiny": ("text", "flow"),
@@ -118,6 +120,12 @@ def overrides(name: str, folder: Path, cell: str, reward: str, kind: str | None 
     ]
 
 
+def outputs(trajectory: Trajectory) -> tuple[object, ...]:
+    """Whose it is, and the objects that a reward scores."""
+    drawn = [s.text if isinstance(s, TextSegment) else s.image for s in trajectory.segments]
+    return trajectory.prompt.id, trajectory.member, trajectory.seed, *map(id, drawn)
+
+
 def train_one_step(settings: list[str]) -> bool | InputError:
     """Whether weights moved, or why the configuration is refused; what fails later is raised."""
     try:
@@ -129,7 +137,11 @@ def train_one_step(settings: list[str]) -> bool | InputError:
         state = TrainState.start(policy, config)
     except InputError as error:
         return error
-    groups = rollout(state.policies, prompts_of_step(parts.source, config, 0), config, 0, None)
+    announced: list[Trajectory] = []
+    with listening(announced.extend):
+        groups = rollout(state.policies, prompts_of_step(parts.source, config, 0), config, 0, None)
+    if not isinstance(policy, TokenPolicy):
+        assert sorted(map(outputs, announced)) == sorted(outputs(t) for group in groups for t in group.trajectories)
     with state.policies.use("judge") as judge:
         table = score_groups(parts.rewards, groups, judge)
     advantages = segment_advantages(table, groups, config.advantages)
