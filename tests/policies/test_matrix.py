@@ -140,7 +140,7 @@ def train_one_step(settings: list[str]) -> bool | InputError:
     announced: list[Trajectory] = []
     with listening(announced.extend):
         groups = rollout(state.policies, prompts_of_step(parts.source, config, 0), config, 0, None)
-    if not isinstance(policy, TokenPolicy):
+    if not issubclass(type(policy), TokenPolicy):
         assert sorted(map(outputs, announced)) == sorted(outputs(t) for group in groups for t in group.trajectories)
     with state.policies.use("judge") as judge:
         table = score_groups(parts.rewards, groups, judge)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lvrpo.config import parse_section
+from lvrpo.data.base import Task
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.mot import model_runner
 from lvrpo.policies.mot.policy import MoTPolicy
@@ -25,7 +26,7 @@ from lvrpo.rewards.endpoint import ChatEndpoint
 from lvrpo.rewards.function import reward
 from lvrpo.rewards.row import RewardConfig, RewardSource, local_source
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import CustomParts, PromptList
+from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Image, Prompt
 
@@ -67,7 +68,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trai
             "test",
         )
         prompts = [Prompt(f"p{i}", "generate", (text,), ("image",)) for i, text in enumerate(TITLES)]
-        rows = {"train": PromptList(prompts), "validation": PromptList(prompts[:1])}
+        rows: dict[Split, Task] = {"train": PromptList(prompts), "validation": PromptList(prompts[:1])}
         return Trainer.start(config, tmp_path / name, CustomParts(rows, given or {}))
 
     return started
