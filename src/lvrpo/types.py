@@ -30,7 +30,7 @@ LogitGuidance = Literal["joint", "detach_uncond", "none"]
 only; none: the log-probs are unguided."""
 
 Image = torch.Tensor
-"""A picture: float32 (3, height, width), values in [0, 1]."""
+"""An image: float32 (3, height, width), values in [0, 1], on the CPU whatever the device of the policy."""
 
 Part = str | Image
 """One part of a prompt: text or an image."""
@@ -185,7 +185,7 @@ class FlowSegment:
     guidance_renorm: str
     logprob_reduction: Literal["mean", "sum"]
     image: Image
-    """The decoded picture."""
+    """The decoded image."""
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Steps with low < t <= high are guided."""
@@ -207,7 +207,7 @@ class ImageTokenSegment:
     temperature: float
     guidance_scale: float
     image: Image
-    """The decoded picture."""
+    """The decoded image."""
     guided_logprobs: LogitGuidance = "joint"
     """Gradient of the guided logits in a replay."""
     trainer_logprobs: torch.Tensor | None = None
@@ -234,7 +234,7 @@ class MaskedSegment:
     temperature: float
     guidance_scale: float
     image: Image
-    """The decoded picture."""
+    """The decoded image."""
     guided_logprobs: LogitGuidance = "joint"
     """Gradient of the guided logits in a replay; none (monte_carlo): the log-probs are unguided."""
     trainer_logprobs: torch.Tensor | None = None

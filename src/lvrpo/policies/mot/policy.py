@@ -184,7 +184,7 @@ class MoTPolicy(AdaptablePolicy):
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
                     grid=grid,
                 )
-                new = flow_segments(flows, self.encoders.decode_latents(flows.latents, grid), sampling)
+                new = flow_segments(flows, self.encoders.decode_latents(flows.latents, grid).cpu(), sampling)
             for segment_list, segment in zip(segments, new, strict=True):
                 segment_list.append(segment)
         return [Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed) for b, one in enumerate(members)]
