@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from lvrpo.commands.settings import configs_in, default_text, field_texts, prose, type_text
+from lvrpo.commands.keys import configs_in, default_text, field_texts, prose, type_text
 from lvrpo.config import Config
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS

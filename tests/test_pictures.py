@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from lvrpo.data.images import check_image, decode_image, load_image, load_mask, upright_size
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
-from lvrpo.pictures import FORMATS
+from lvrpo.pictures import FORMATS, check_image, decode_image, load_image, load_mask, upright_size
 from lvrpo.report.samples import PictureStore
 
 EPS = (

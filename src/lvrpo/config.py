@@ -16,8 +16,18 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from lvrpo.config_errors import SCALAR_TYPES, as_literal_error, explain, real_location, show
-from lvrpo.config_sections import KIND, Location, kinds_of, models_at, models_at_key
+from lvrpo.config_errors import (
+    KIND,
+    SCALAR_TYPES,
+    Location,
+    as_literal_error,
+    explain,
+    kinds_of,
+    models_at,
+    models_at_key,
+    real_location,
+    show,
+)
 from lvrpo.errors import InputError, nearest
 from lvrpo.reading import MIB, read_text
 from lvrpo.strict_yaml import dump_yaml, parse_yaml

@@ -12,15 +12,19 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PilImage
-from PIL import UnidentifiedImageError
+from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, open_regular
+from lvrpo.types import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Accepted formats; MPO, written by phones, is a JPEG."""
@@ -101,3 +105,116 @@ def _animated(picture: PilImage.Image, name: Path | str) -> bool:
         return getattr(picture, "is_animated", False)  # formats without frames lack it
     except DECODE_ERRORS as error:
         raise damage_error(name, error) from None
+
+
+# --- pixels ---
+
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of pictures that are stored on their side."""
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """The bytes of a picture file inside a table or an archive."""
+
+    name: str
+    """The location of the picture, unique."""
+    content: bytes = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PictureFile = Path | StoredPicture
+
+
+def check_image(file: PictureFile) -> tuple[int, int]:
+    """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
+    with open_picture(*_opened(file)) as picture:
+        return picture.size
+
+
+def upright_size(file: PictureFile) -> tuple[int, int]:
+    """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
+    path = str(file)
+    with open_picture(*_opened(file)) as picture:
+        width, height = picture.size
+        try:
+            sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        except DECODE_ERRORS as error:
+            raise damage_error(path, error) from None
+        return (width, height) if sideways else (height, width)
+
+
+def load_mask(file: PictureFile) -> torch.Tensor:
+    """A picture as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
+    return load_image(file).mean(dim=0) > 0.5
+
+
+def load_image(file: PictureFile) -> Image:
+    """Reads a picture: float32 (3, height, width) in [0, 1].
+
+    Any mode is taken: transparency is composited on white, the EXIF orientation applied, gray and palette and CMYK
+    pictures converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
+    missing, no picture, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
+    """
+    with open_picture(*_opened(file)) as opened:
+        return _pixels(opened, str(file))
+
+
+def decode_image(content: bytes, name: str) -> Image:
+    """A picture from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
+    with open_picture(content, name) as opened:
+        return _pixels(opened, name)
+
+
+def _opened(file: PictureFile) -> tuple[Path | bytes, Path | str]:
+    """Opens any source that ``open_picture`` accepts."""
+    return (file, file) if isinstance(file, Path) else (file.content, file.name)
+
+
+def middle_square(image: Image, side: int) -> Image:
+    """The middle square of a picture resized to (3, side, side); itself if it has that size."""
+    height, width = image.shape[1:]
+    if (height, width) == (side, side):
+        return image
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    middle = image[:, top : top + square, left : left + square]
+    resized = functional.interpolate(middle[None], size=(side, side), mode="bicubic", antialias=True)[0]
+    return resized.clamp(0, 1).to(torch.float32)
+
+
+def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
+    try:
+        deep = _deep_gray(opened, name)
+        picture = ImageOps.exif_transpose(opened)
+        if deep is not None:
+            low, high = deep
+            gray = (np.asarray(picture).astype(np.float32) - low) / (high - low)
+            return torch.from_numpy(np.repeat(gray.clip(0, 1)[None], 3, axis=0))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = PilImage.new("RGBA", picture.size, "white")
+            picture = PilImage.alpha_composite(white, picture)
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    except DECODE_ERRORS as error:
+        raise damage_error(name, error) from None
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _deep_gray(picture: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
+    """The values of black and white in a gray image of more than 8 bits, as its file declares them; None without them.
+
+    Raises InputError if the file does not declare the values of black and white.
+    """
+    if picture.mode == "F":
+        raise InputError(f"{name}: float pixels have no fixed range: save it as 8-bit PNG")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return None
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF alone
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    if (picture.mode == "I" and picture.format != "PNG") or bits > 16:
+        raise InputError(f"{name}: 32-bit or signed pixels have no fixed range: save it as 8-bit or 16-bit PNG")
+    white = 2.0**bits - 1
+    return (white, 0.0) if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else (0.0, white)

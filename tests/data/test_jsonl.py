@@ -13,9 +13,9 @@ from PIL import Image as PilImage
 from pydantic import ValidationError
 
 from lvrpo.data.base import Task
-from lvrpo.data.images import load_image
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
+from lvrpo.pictures import load_image
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
 EDIT = {"task": "edit", "prompt": "make it blue", "images": ["a.png"]}

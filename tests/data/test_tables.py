@@ -16,7 +16,7 @@ import torch
 from PIL import Image as PilImage
 
 from lvrpo.cli import main
-from lvrpo.commands.data_check import SIDE
+from lvrpo.commands.data import SIDE
 from lvrpo.config import parse_section
 from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts

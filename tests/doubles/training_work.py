@@ -18,7 +18,7 @@ from torch import nn
 from lvrpo import distributed as d
 from lvrpo.config import load_config
 from lvrpo.errors import InputError, LvrpoError
-from lvrpo.evaluation.data_parallel import evaluation_policy
+from lvrpo.evaluation.scoring import evaluation_policy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores, judge_fingerprint

@@ -12,7 +12,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.detectors import BACKGROUND, ColorClassifier, Detector, _crop, model_folder
-from lvrpo.evaluation.benchmarks.geneval_rules import Detection
+from lvrpo.evaluation.benchmarks.geneval import Detection
 from lvrpo.pictures import to_pil
 
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,16 @@ from lvrpo.data.rows import parse_row
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.benchmarks import geneval
-from lvrpo.evaluation.benchmarks.geneval import ConfirmedFacts, GenEvalRules, geneval_benchmark, write_layout
-from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems, relations
+from lvrpo.evaluation.benchmarks.geneval import (
+    ConfirmedFacts,
+    Detection,
+    GenEvalRules,
+    geneval_benchmark,
+    most_confident,
+    problems,
+    relations,
+    write_layout,
+)
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.suite import evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling

@@ -11,10 +11,9 @@ import pytest
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks import hub_data, wise
+from lvrpo.evaluation.benchmarks import published, wise
 from lvrpo.evaluation.benchmarks.compbench import FILES
-from lvrpo.evaluation.benchmarks.hub_data import hub_id
-from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, hub_id
 from lvrpo.evaluation.suite import Benchmark, find_benchmarks
 
 datasets = pytest.importorskip("datasets")
@@ -93,13 +92,13 @@ def test_rows_of_one_table_are_told_apart_by_their_ids(tmp_path: Path, monkeypat
 def test_an_id_or_the_word_hub_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = compbench(tmp_path / "t2i_compbench")
     asked: list[str] = []
-    read = hub_data.read_table
+    read = published.read_table
 
     def from_here(path: str, *rest: Any) -> Any:
         asked.append(path)
         return read(str(folder), *rest)
 
-    monkeypatch.setattr(hub_data, "read_table", from_here)
+    monkeypatch.setattr(published, "read_table", from_here)
     assert opened("t2i_compbench", Path("hub"))[1] == opened("t2i_compbench", Path("my-org/my.copy"))[1] == 16
     assert {*asked} == {"NinaKarine/t2i-compbench", "my-org/my.copy"}
     Path("hub").mkdir()  # a folder of that name is the folder

@@ -17,7 +17,7 @@ import pytest
 from lvrpo.cli import main
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.benchmarks import lmms_process as process
-from lvrpo.evaluation.benchmarks.lmms_results import NO_NUMBER, NOT_LOGGED, HarnessEvaluation, read_scores
+from lvrpo.evaluation.benchmarks.lmms_process import NO_NUMBER, NOT_LOGGED, HarnessEvaluation, read_scores
 from lvrpo.evaluation.suite import Evaluation
 
 Output = pytest.CaptureFixture[str]

@@ -20,8 +20,8 @@ from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
 from lvrpo.policies.loading import load_policy
 from lvrpo.report.evidence import Evidence
+from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import Interrupted
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import RunDirectory
 

@@ -16,13 +16,13 @@ import torch
 from lvrpo.algorithms import gdpo_advantages, group_relative_advantages, normalize_rewards
 from lvrpo.audit_records import RewardAudit, ScorerAudit, Window
 from lvrpo.errors import InputError
-from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, RecordedRun, read_recorded_run, split_windows
 from lvrpo.evaluation.reward_audit import (
     audit_rewards,
     by_step,
     win_rates,
     write_audit,
 )
+from lvrpo.evaluation.reward_ranking import AdvantageSettings, Groups, RecordedRun, read_recorded_run, split_windows
 from lvrpo.report.audit import audit_section, read_audit
 from lvrpo.report.formatting import NONE, share
 from lvrpo.training.config import TrainConfig

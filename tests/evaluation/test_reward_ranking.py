@@ -15,8 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from lvrpo.audit_records import RewardRanking
 from lvrpo.evaluation import reward_ranking
-from lvrpo.evaluation.recorded_groups import SUCCESS
-from lvrpo.evaluation.reward_ranking import group_auc, rank_correlations, rank_rewards
+from lvrpo.evaluation.reward_ranking import SUCCESS, group_auc, rank_correlations, rank_rewards
 
 NAN = math.nan
 

@@ -23,10 +23,10 @@ from lvrpo.policies.decoding import last_step_alone
 from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
-from lvrpo.training.live_bytes import LiveBytes, fake_weights
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import GroupAdvantages, Microbatch
 from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.memory_estimate import LiveBytes, fake_weights
 from lvrpo.training.policies import policy_module
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.sources import training_source

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from lvrpo.commands.tables import text_table
+from lvrpo.commands.progress import text_table
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate, Metrics
 from lvrpo.report import Tile, compare_runs, formatting, picture_grid

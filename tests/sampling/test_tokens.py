@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lvrpo.errors import InputError
 from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs, token_scores
 from lvrpo.sampling import tokens as sampling_tokens
-from lvrpo.training.live_bytes import LiveBytes
+from lvrpo.training.memory_estimate import LiveBytes
 
 LOGITS = torch.tensor([0.1, 0.2, 0.7]).log()
 ALMOST_ONE = 1 - 2**-24

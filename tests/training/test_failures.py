@@ -20,7 +20,7 @@ from lvrpo.rewards.table import score_groups
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
-from lvrpo.training.reward_metrics import one_line, reward_means
+from lvrpo.training.rollout_log import one_line, reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt, RewardTable
 

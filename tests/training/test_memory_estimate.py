@@ -27,9 +27,8 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
-from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.memory import MemoryEstimate, require_memory
-from lvrpo.training.memory_estimate import PROGRAM
+from lvrpo.training.memory_estimate import PROGRAM, LiveBytes
 from lvrpo.training.trainer import Trainer
 
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]

@@ -12,7 +12,7 @@ from lvrpo.distributed import save_sharded, stored_tensors
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.live_bytes import LiveBytes
+from lvrpo.training.memory_estimate import LiveBytes
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, update_ema
 from lvrpo.training.state import TrainState
 

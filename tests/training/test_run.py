@@ -21,9 +21,9 @@ from stored import killed_copy, stored
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, policy_folder
+from lvrpo.training.base_trainer import InterruptHandler
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import InterruptHandler
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout_log import TRAITS, read_steps

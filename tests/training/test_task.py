@@ -24,7 +24,7 @@ from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
-from lvrpo.training.reward_metrics import reward_means
+from lvrpo.training.rollout_log import reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.sources import PromptList, open_parts, success_metric, task_scorer
 from lvrpo.training.validation import ValidationReport, Validator

@@ -14,6 +14,8 @@ from lvrpo.commands.options import (
     Parser,
     add_device,
     add_json,
+    add_model,
+    add_seed,
     names,
     positive,
     refuse_existing,
@@ -25,7 +27,6 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.row import RewardConfig, RewardSource
-
 
 DEFAULT_SIDE = 256
 """Side of the pictures, in pixels, for a model that reads any size."""
@@ -73,9 +74,9 @@ def audit_run(options: Options) -> None:
     from dataclasses import asdict
 
     from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.tables import print_tables, wide_console
-    from lvrpo.evaluation.recorded_groups import read_recorded_run
+    from lvrpo.commands.progress import print_tables, wide_console
     from lvrpo.evaluation.reward_audit import audit_rewards
+    from lvrpo.evaluation.reward_ranking import read_recorded_run
     from lvrpo.report import audit as tables
 
     audit = audit_rewards(read_recorded_run(options.run))
@@ -97,7 +98,7 @@ def audit_judge(options: Options) -> None:
     import torch
 
     from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.tables import print_tables, wide_console
+    from lvrpo.commands.progress import print_tables, wide_console
     from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, minimal_pairs
     from lvrpo.policies.loading import load_policy
     from lvrpo.report.audit import JUDGED, sensitivity_table
@@ -126,7 +127,7 @@ def _rank_samples(options: Options) -> None:
     from dataclasses import asdict
 
     from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.tables import print_tables, wide_console
+    from lvrpo.commands.progress import print_tables, wide_console
     from lvrpo.evaluation.reward_ranking import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
     from lvrpo.policies.loading import load_policy
     from lvrpo.report.audit import sample_tables
@@ -209,4 +210,78 @@ AUDIT = Command(
     "  lvrpo audit --judge tiny                                 # which errors a judge detects\n"
     "  lvrpo audit --data train.jsonl validation.jsonl test.jsonl\n\n"
     "docs/concepts/reward_audit.md explains every number; lvrpo report RUN draws the curves.",
+)
+
+# --- lvrpo information ---
+
+
+def information_options(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--pairs", type=positive, default=1024, metavar="N", help="held-out image-caption pairs (default: 1024)"
+    )
+    parser.add_argument(
+        "--negatives",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="negatives per pair; the bound is at most log N nats (default: 128)",
+    )
+    add_seed(parser)
+    add_json(parser)
+
+
+def print_information(options: Options) -> None:
+    """Prints the bounds of a model, or of a run's start and result with the difference."""
+    import torch
+
+    from lvrpo.commands.inputs import write_json
+    from lvrpo.commands.progress import wide_console
+    from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
+    from lvrpo.policies.loading import START, load_policy
+
+    if options.json is not None:
+        refuse_existing([options.json], options.force)
+    torch.set_num_threads(1)
+    start = Path(options.model) / START
+    models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
+    loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
+    directions: dict[Direction, str] = {
+        "see_and_plan": "reading expert over a picture, drawing expert about to draw from its caption",
+        "name_and_form": "reading expert over a caption, drawing expert over the noisy picture",
+    }
+    console = wide_console()
+    out: dict[str, dict[str, object]] = {}
+    for direction, words in directions.items():
+        found: dict[str, Information] = {}
+        console.print(f"{words}:", highlight=False, soft_wrap=True)
+        for when, policy in loaded.items():
+            found[when] = measure_information(policy, direction, options.pairs, options.negatives, options.seed)
+            bound, ceiling = found[when].bound, found[when].ceiling
+            console.print(
+                f"  {when}: at least {bound.score:.3f} [{bound.low:.3f}, {bound.high:.3f}] nats; no more than log "
+                f"{options.negatives} = {ceiling:.3f} can be shown",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        rows: dict[str, object] = {
+            when: {**info.bound.as_dict(), "ceiling": info.ceiling} for when, info in found.items()
+        }
+        if "before" in found:
+            gain = found["before"].gain(found["after"])
+            rows["difference"] = gain.as_dict()
+            console.print(
+                f"  difference: {gain.score:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", markup=False, highlight=False
+            )
+        out[direction] = rows
+    content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
+    write_json(options, {**content, "information": out})
+
+
+INFORMATION = Command(
+    "estimate the mutual information of the understanding and generation experts (InfoNCE)",
+    information_options,
+    print_information,
+    "examples:\n  lvrpo information runs/quickstart --json information.json",
 )

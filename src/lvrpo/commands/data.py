@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.commands.options import Command, Options, Parser, add_force, add_seed, positive, refuse_existing
 from lvrpo.errors import ContractError, InputError
+from lvrpo.reading import unused_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lvrpo.data.leakage import ComparedPrompt, Overlap, Shared
+    from lvrpo.data.rows import RowPrompts
     from lvrpo.data.scenes.objects import Split
-    from lvrpo.training.config import TrainConfig
+    from lvrpo.report.tables import TextTable
+    from lvrpo.training.config import DataConfig, TrainConfig
     from lvrpo.types import Example, TaskKind
 
 
@@ -44,8 +49,8 @@ def preview(options: Options) -> None:
 
 def world_sheet(split: Split, seed: int) -> PilImage.Image:
     """One row per category of the built-in world."""
-    from lvrpo.commands.contact_sheet import PER_ROW, contact_sheet
     from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
+    from lvrpo.report.grids import PER_ROW, contact_sheet
 
     source = ScenePrompts(ScenesConfig(), split, seed)
     rows: list[tuple[TaskKind, str, list[Example]]] = []
@@ -151,7 +156,7 @@ def audit_data(options: Options) -> None:
     from dataclasses import asdict
 
     from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.progress import wide_console
     from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
 
     if options.run is not None or options.judge is not None:
@@ -177,7 +182,7 @@ def print_overlaps(
 
     Returns the overlaps by title, and the first leak as an error.
     """
-    from lvrpo.commands.tables import text_table
+    from lvrpo.commands.progress import text_table
     from lvrpo.data.leakage import Index, leaks
     from lvrpo.report.formatting import share
     from lvrpo.report.tables import Cell, TextTable
@@ -238,9 +243,9 @@ def _read_train_config(given: Sequence[str]) -> TrainConfig:
 
 def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
     """Every row with decoded pictures; ``root``: another folder of the pictures."""
-    from lvrpo.data.images import load_image
     from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
     from lvrpo.data.leakage import compared_rows, pixel_picture
+    from lvrpo.pictures import load_image
 
     def read(path: Path) -> list[ComparedPrompt]:
         source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
@@ -273,3 +278,166 @@ def _scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -
     test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of its original
     log(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
     return {"train": [*train, *rows], "validation": validation, "test": compared_prompts(list(test.values()))}
+
+
+# --- lvrpo data check ---
+
+SHOWN_ROWS = 10
+"""Rows on the contact sheet."""
+SHOWN_PROBLEMS = 20
+SIDE = 128
+"""Side of a picture on the contact sheet, in pixels."""
+
+
+def check_options(parser: Parser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a configuration, a file or glob of rows, a folder of images, or a Hub id OWNER/NAME",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="section.key=value if SOURCE is a configuration, else keys of data.datasets such as preset=llava",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the contact sheet (default: rows.png, with a number if it exists)"
+    )
+    add_force(parser)
+
+
+def check(options: Options) -> None:
+    """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
+    from lvrpo.commands.inputs import require_png, write_file
+    from lvrpo.commands.progress import text_table, wide_console
+    from lvrpo.data.leakage import compared_rows, duplicates, pixel_picture
+    from lvrpo.pictures import load_image, png
+    from lvrpo.report.grids import contact_sheet
+
+    out: Path = options.out or unused_path(Path("rows"), ".png")
+    file = out if out.suffix else out.with_suffix(".png")
+    require_png(file)
+    refuse_existing([file], options.force)
+    problems: list[str] = []
+    splits = opened(_read_data(options.source, options.overrides), problems)
+    console = wide_console()
+    console.print(text_table(_counts_table(splits)))
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more", style="red")
+    rows = next((rows for rows in splits.values() if len(rows)), None)
+    if rows is not None:
+        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", _shown(rows), SIDE)
+        write_file(file, png(sheet), options.force)
+        console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
+    compared = {
+        split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
+        for split, rows in splits.items()
+    }
+    for split, prompts in compared.items():
+        twice = duplicates(prompts)
+        if twice:
+            shown = f"{len(twice)} rows are there twice; the first: {twice[0].where} asks what {twice[0].other} asks"
+            console.print(f"{split}: {shown}", style="yellow", markup=False)
+    _, leak = print_overlaps(compared, console)
+    if problems:
+        raise InputError(f"{len(problems)} row{'s' * (len(problems) > 1)} cannot be used; the first: {problems[0]}")
+    if leak is not None:
+        raise InputError(leak)
+
+
+def _read_data(source: str, overrides: list[str]) -> DataConfig:
+    """The data section of CONFIG, or that of a file, a folder or a Hub id with keys of a data set."""
+    from lvrpo.commands.inputs import read_config
+    from lvrpo.config import load_config, shipped_configs
+    from lvrpo.data.jsonl import JsonlConfig
+    from lvrpo.data.tables import DatasetConfig
+    from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
+
+    if source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not os.path.lexists(source)):
+        data = read_config(TrainConfig, source, overrides).data
+        if data.source not in ROW_SOURCES:
+            remedy = "lvrpo data preview shows it" if data.source == "scenes" else "give a source of rows"
+            raise InputError(f"data.source={data.source}: only rows of jsonl and datasets are checked: {remedy}")
+        return data
+    _require_source(source)
+    if source.endswith(".jsonl") and not overrides and not glob.has_magic(source):
+        return DataConfig(source="jsonl", jsonl=JsonlConfig(train=Path(source), check="pixels"))
+    if os.path.isfile(source) or glob.has_magic(source):
+        named = [f"train={source}"]
+    else:
+        split = any(each.startswith(("train=", "validation=", "test=")) for each in overrides)
+        named = [f"path={source}", *([] if split else ["train=train"])]
+    return DataConfig(source="datasets", datasets=(load_config(DatasetConfig, None, [*named, *overrides]),))
+
+
+def _require_source(source: str) -> None:
+    """Raises InputError, without asking the Hub, for a name that can only be a file or folder that does not exist."""
+    from lvrpo.config_errors import nearest
+
+    folder, name = os.path.split(source)
+    if os.path.lexists(source) or glob.has_magic(source):
+        return
+    if source.count("/") == 1 and folder.strip(".") and not os.path.isdir(folder):
+        return  # OWNER/NAME
+    near = nearest(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else None
+    remedy = f"did you mean {os.path.join(folder, near)}?" if near else "check the path; an id on the Hub is OWNER/NAME"
+    raise InputError(f"{source}: no such file or folder: {remedy}")
+
+
+def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
+    """The rows by split, every picture decoded; errors of rows are added to ``problems``."""
+    from lvrpo.data.jsonl import JsonlPrompts
+    from lvrpo.data.tables import DatasetPrompts
+
+    found: dict[str, RowPrompts] = {}
+    for split in ("train", "validation", "test"):
+        if data.has_split(split):
+            if data.source == "jsonl":
+                pixels = data.jsonl.model_copy(update={"check": "pixels"})
+                found[split] = JsonlPrompts(pixels, split, problems=problems)
+            else:
+                sets = [each.model_copy(update={"check": "pixels"}) for each in data.datasets]
+                found[split] = DatasetPrompts(sets, split, problems=problems)
+    return found
+
+
+def _counts_table(splits: Mapping[str, RowPrompts]) -> TextTable:
+    """Rows by split and task, and how many have what rewards and success need."""
+    from lvrpo.report.tables import TextTable
+
+    heads = ("split", "task", "rows", "with answer", "with facts", "with target", "categories")
+    rows = []
+    for split, found in splits.items():
+        for task in found.tasks:
+            has = found.has(task)
+            rows.append((split, task, *(str(has[name]) for name in ("rows", "answer", "facts", "target", "category"))))
+    return TextTable("rows", heads, tuple(rows))
+
+
+def _shown(rows: RowPrompts) -> list[tuple[TaskKind, str, Sequence[Example]]]:
+    """The first rows of every task by category, ``SHOWN_ROWS`` in all where there are as many."""
+    shown = dict.fromkeys(rows.tasks, 0)
+    while sum(shown.values()) < min(SHOWN_ROWS, len(rows)):
+        for task in rows.tasks:
+            if shown[task] < rows.size(task) and sum(shown.values()) < SHOWN_ROWS:
+                shown[task] += 1
+    found: dict[tuple[TaskKind, str], list[Example]] = {}
+    for task, count in shown.items():
+        for example in rows.examples(task, count):
+            found.setdefault((task, example.prompt.category or example.prompt.source), []).append(example)
+    return [(task, category, examples) for (task, category), examples in found.items()]
+
+
+CHECK = Command(
+    "check your own rows: a contact sheet, counts per task, errors, duplicates, overlap of splits",
+    check_options,
+    check,
+    "examples:\n"
+    "  lvrpo data check own.yaml\n"
+    "  lvrpo data check pictures preset=labels\n"
+    "  lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
+    "  lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
+)

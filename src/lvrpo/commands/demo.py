@@ -131,7 +131,7 @@ class Session:
     def _picture(self, image: Any) -> Image:
         import torch
 
-        from lvrpo.data.images import middle_square
+        from lvrpo.pictures import middle_square
 
         if image is None:
             raise InputError("no picture: add one")

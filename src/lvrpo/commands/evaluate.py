@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lvrpo.commands.benchmarks import published_options, refuse_geneval_layout, resumable, write_geneval_layout
-from lvrpo.commands.lmms_eval import lmms_options, refuse_lmms_options
+from lvrpo.commands.benchmarks import (
+    lmms_options,
+    published_options,
+    refuse_geneval_layout,
+    refuse_lmms_options,
+    resumable,
+    write_geneval_layout,
+)
 from lvrpo.commands.options import (
     Command,
     Options,
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lvrpo.evaluation.benchmarks.lmms_results import HarnessEvaluation
+    from lvrpo.evaluation.benchmarks.lmms_process import HarnessEvaluation
     from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.success import HeldOutScorer
@@ -123,7 +129,7 @@ def evaluate(options: Options) -> None:
 
 def evaluate_by_us(options: Options) -> None:
     """Our own benchmarks, and published ones with scorers of ours."""
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.progress import wide_console
     from lvrpo.distributed import is_main
 
     options.benchmark = options.benchmark or ["scenes"]
@@ -178,8 +184,8 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
 
 def evaluate_by_lmms(options: Options) -> None:
     """The tasks of ``--lmms-eval`` and the benchmarks beside them, in one file and one table."""
-    from lvrpo.commands.lmms_eval import evaluate_lmms, open_lmms, require_all
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.benchmarks import evaluate_lmms, open_lmms, require_all
+    from lvrpo.commands.progress import wide_console
 
     console = wide_console()
     tasks, harness = open_lmms(options)
@@ -267,7 +273,7 @@ def print_results(
     console: Console,
 ) -> None:
     """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
-    from lvrpo.commands.tables import print_tables, text_table
+    from lvrpo.commands.progress import print_tables, text_table
     from lvrpo.report.tables import measure_tables, scores_table, summary_table
 
     results = result.results()
@@ -350,7 +356,7 @@ def tune(options: Options) -> None:
     import torch
 
     from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.progress import wide_console
     from lvrpo.evaluation import suite, tuning
     from lvrpo.policies.loading import load_policy
     from lvrpo.report.formatting import share

@@ -224,8 +224,8 @@ class QuestionRow:
 def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
     """Reads rows; resizes their pictures to the model's size, with one message."""
     from lvrpo.commands.inputs import checked_row, read_rows
-    from lvrpo.data.images import load_image, middle_square
     from lvrpo.data.jsonl import picture_path
+    from lvrpo.pictures import load_image, middle_square
 
     found, odd = [], []
     for where, row in read_rows(table):

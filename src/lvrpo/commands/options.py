@@ -220,7 +220,7 @@ class ConfigHelp(argparse.Action):
         self, parser: argparse.ArgumentParser, options: Options, values: object, option: object = None
     ) -> None:
         """Any: of argparse."""
-        from lvrpo.commands.settings import settings_text
+        from lvrpo.commands.keys import settings_text
         from lvrpo.registry import resolve
 
         print(settings_text(resolve("configuration", self.cls, {self.cls: self.cls}), str(values)))

@@ -77,13 +77,12 @@ def _check_keys(options: Options) -> None:
 
 def run(options: Options) -> None:
     from lvrpo.commands.inputs import read_config
-    from lvrpo.commands.progress import Progress
-    from lvrpo.commands.tables import print_tables, summary_tables
+    from lvrpo.commands.progress import Progress, print_tables, summary_tables
     from lvrpo.commands.train import require_well
     from lvrpo.evaluation.experiment import Experiment
     from lvrpo.reading import unused_path
+    from lvrpo.training.base_trainer import Interrupted
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.interrupt import Interrupted
     from lvrpo.training.trainer import Trainer
 
     started = time.monotonic()

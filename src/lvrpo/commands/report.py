@@ -36,7 +36,7 @@ def watch_options(parser: Parser) -> None:
 
 
 def watch(options: Options) -> None:
-    from lvrpo.report.watch import serve
+    from lvrpo.report.page import serve
 
     if not options.folder.is_dir():
         raise InputError(f"{options.folder}: no such folder: give a run, or the folder that holds some")
@@ -55,7 +55,7 @@ def compare_options(parser: Parser) -> None:
 
 
 def compare(options: Options) -> None:
-    from lvrpo.commands.tables import print_tables
+    from lvrpo.commands.progress import print_tables
     from lvrpo.report.tables import compare_runs, seeds_table
 
     table = (seeds_table if options.over_seeds else compare_runs)(options.runs)

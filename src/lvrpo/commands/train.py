@@ -55,8 +55,7 @@ def check_keys(cls: str = "TrainConfig") -> Callable[[Options], None]:
 
 
 def train(options: Options) -> None:
-    from lvrpo.commands.progress import Progress
-    from lvrpo.commands.tables import print_tables, summary_tables
+    from lvrpo.commands.progress import Progress, print_tables, summary_tables
     from lvrpo.distributed import is_main
     from lvrpo.evaluation.experiment import Experiment
 
@@ -150,7 +149,7 @@ def refuse_out(options: Options) -> None:
 def pretrain(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.report import build_report
-    from lvrpo.training.interrupt import InterruptHandler, print_stopping
+    from lvrpo.training.base_trainer import InterruptHandler, print_stopping
 
     trainer = _open_pretrainer(options)
     run, config = trainer.run, trainer.config

@@ -18,12 +18,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
-from lvrpo.data.images import PictureFile, StoredPicture, check_image, load_image
 from lvrpo.data.jsonl import picture_path
 from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
 from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, open_table, parse_range, suggest
 from lvrpo.errors import InputError
+from lvrpo.pictures import PictureFile, StoredPicture, check_image, load_image
 from lvrpo.types import TaskKind
 
 Split = Literal["train", "validation", "test"]

@@ -18,7 +18,6 @@ from lvrpo.config import config_sha256, parse_section
 from lvrpo.distributed import on_main
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.evaluation import BENCHMARKS
-from lvrpo.evaluation.data_parallel import evaluation_policy
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.samples import (
     REPEATED_PROMPTS,
@@ -28,7 +27,7 @@ from lvrpo.evaluation.samples import (
     write_evaluation,
     write_samples,
 )
-from lvrpo.evaluation.scoring import sample_prompts
+from lvrpo.evaluation.scoring import evaluation_policy, sample_prompts
 from lvrpo.evaluation.suite import (
     SAMPLING,
     Benchmark,
@@ -46,10 +45,10 @@ from lvrpo.reading import Record, path_exists
 from lvrpo.records import Cost
 from lvrpo.report import build_report
 from lvrpo.rewards.success import SUCCESS_ONLY
+from lvrpo.training.base_trainer import InterruptHandler, print_stopping
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.health import assess
-from lvrpo.training.interrupt import InterruptHandler, print_stopping
 from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer

@@ -33,18 +33,19 @@ from lvrpo.audit_records import (
     Series,
     Window,
 )
-from lvrpo.evaluation.recorded_groups import (
+from lvrpo.evaluation.reward_ranking import (
     AdvantageSettings,
     Array,
     Groups,
     RecordedRun,
     Validations,
+    group_auc,
     group_means,
     in_window,
+    rank_rewards,
     read_recorded_run,
     split_windows,
 )
-from lvrpo.evaluation.reward_ranking import group_auc, rank_rewards
 from lvrpo.statistics import Interval, comparable, divergence, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL import Image as PilImage
 
 from lvrpo.pictures import to_pil
+from lvrpo.types import Example, TaskKind
 
 TEXT_COLOR, CAPTION_COLOR, BACKGROUND, EMPTY_COLOR = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)
 FRAME_COLORS = {True: (0, 122, 94), False: (200, 70, 20)}
@@ -118,3 +120,29 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(__file__).parents[1] / "assets" / "fonts" / "DejaVuSans.ttf", size)
+
+
+# --- contact sheets ---
+
+PER_ROW = 8
+"""Pictures in a row, an edit with two."""
+
+
+def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[Example]]], side: int) -> PilImage.Image:
+    """Rows of the examples of a task and category; pictures ``side`` pixels wide and high."""
+    rows: list[tuple[str, list[Tile]]] = [(title, [])]
+    for task, category, found in examples:
+        tiles = [tile for example in found for tile in _tiles(example)]
+        for first in range(0, len(tiles), PER_ROW):
+            rows.append((f"{task}: {category}", tiles[first : first + PER_ROW]))
+    return picture_grid(rows, tile_size=side, caption_lines=5)
+
+
+def _tiles(example: Example) -> list[Tile]:
+    """The picture of the prompt and the one to make, the texts under the first."""
+    prompt = example.prompt
+    made = [part for part in example.outputs if not isinstance(part, str)]
+    answer = next((part for part in example.outputs if isinstance(part, str)), prompt.answer)
+    text = f"{prompt.text} ({f'answer: {answer}' if answer else f'{len(prompt.facts)} facts'})".replace(" ?", "?")
+    pictures = [*prompt.images[-1:], *made][: 2 if prompt.task == "edit" else 1] or [None]
+    return [Tile(picture, "" if k else text) for k, picture in enumerate(pictures)]

@@ -38,9 +38,9 @@ from lvrpo.training.microbatches import by_kind, microbatches, minibatches, redu
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.preflight import check_before_first_step, check_first_update
-from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, resample
 from lvrpo.training.rollout_engine import EngineSampler, open_engine
+from lvrpo.training.rollout_log import reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import (
     data_fingerprints,

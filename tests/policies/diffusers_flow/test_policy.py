@@ -21,7 +21,7 @@ from lvrpo.policies.diffusers_flow.pipelines import pack, unpack
 from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, guide, normal_noise, shift_time
-from lvrpo.training.live_bytes import LiveBytes, fake_weights
+from lvrpo.training.memory_estimate import LiveBytes, fake_weights
 from lvrpo.types import FlowSegment, Group, Prompt, Trajectory
 
 ODE = Sampling(group_size=2, num_steps=5, solver="euler", image_size=(32, 32))

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from lvrpo.data.geneval import interleave_categories, plural
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.hub_data import HubData
-from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, HubData, PublishedBenchmark
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, NUMBER_WORDS, QuestionScorer, question_benchmark
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.reading import read_lines

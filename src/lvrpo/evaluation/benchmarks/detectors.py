@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from PIL import Image as PilImage
 
 from lvrpo.data.geneval import COLORS
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.geneval_rules import Detection
 from lvrpo.pictures import to_pil
 from lvrpo.policies.loading import cached_folder
 from lvrpo.policies.transformers_library import transformers_library
@@ -39,6 +38,18 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 BACKGROUND = (0x99, 0x99, 0x99)
 """What is drawn around an object whose color is classified."""
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object that a detector found."""
+
+    score: float
+    """In [0, 1]."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels."""
+    mask: torch.Tensor | None = None
+    """bool (height, width) of the picture; None from a detector of boxes."""
 
 
 def model_folder(name: str, what: str) -> tuple[Path, str]:

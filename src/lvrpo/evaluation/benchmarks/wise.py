@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 from lvrpo.data.geneval import interleave_categories
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
-from lvrpo.evaluation.benchmarks.hub_data import HubData, Rows
-from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, HubData, PublishedBenchmark, Rows
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, require_method

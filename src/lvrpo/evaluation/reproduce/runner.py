@@ -36,9 +36,9 @@ from lvrpo.reading import path_exists, read_json_object
 from lvrpo.records import BenchmarkRecord
 from lvrpo.report.evidence import TUNING, Outcome, PromptSet, Summary, prompts_file
 from lvrpo.rewards.verifiable_text import normalize_answer
+from lvrpo.training.base_trainer import Interrupted, InterruptHandler, print_stopping
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.health import assess
-from lvrpo.training.interrupt import Interrupted, InterruptHandler, print_stopping
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import environment, json_text
 from lvrpo.training.trainer import Trainer
