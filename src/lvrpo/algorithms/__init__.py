@@ -1,105 +1,23 @@
 """The equations of post-training: pure functions on tensors, usable in any loop."""
 
-from lvrpo.algorithms.advantages import (
-    gdpo_advantages,
-    group_relative_advantages,
-    leave_one_out_advantages,
-    normalize_rewards,
-    signal_mask,
-    trimmed_advantages,
-    win_rate,
-)
-from lvrpo.algorithms.audit import VarianceShares, advantage_parts, group_correlation, variance_shares
-from lvrpo.algorithms.gradients import (
-    balance_norms,
-    balance_weights,
-    combine_gradients,
-    cosine_matrix,
-    gram_matrix,
-    project_conflicts,
-    projection_weights,
-)
-from lvrpo.algorithms.kl import corrected_k3, gaussian_kl, k1, k2, k3, velocity_regularizer
-from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
-from lvrpo.algorithms.objectives import (
-    TOKEN_OBJECTIVES,
-    ClipBounds,
-    SurrogateLoss,
-    TokenObjective,
-    cispo_surrogate,
-    clipped_surrogate,
-    entropy_bonus,
-    gspo_surrogate,
-    guard_surrogate,
-    reduce_tokens,
-    reduction_weights,
-    scaled_clip,
-    truncated_weights,
-)
-from lvrpo.algorithms.preferences import PreferenceLoss, dpo_loss, flow_dpo_loss, flow_matching_loss
-from lvrpo.algorithms.representation import repa_loss
-from lvrpo.algorithms.selection import (
-    PreferencePairs,
-    ResamplePlan,
-    best_of_mask,
-    best_worst_mask,
-    centered_advantages,
-    preference_pairs,
-    resample_plan,
-)
+from lvrpo.algorithms import advantages, audit, gradients, kl, nft, objectives, preferences, representation, selection
+from lvrpo.algorithms.advantages import *
+from lvrpo.algorithms.audit import *
+from lvrpo.algorithms.gradients import *
+from lvrpo.algorithms.kl import *
+from lvrpo.algorithms.nft import *
+from lvrpo.algorithms.objectives import *
+from lvrpo.algorithms.preferences import *
+from lvrpo.algorithms.representation import *
+from lvrpo.algorithms.selection import *
 
-__all__ = [
-    "TOKEN_OBJECTIVES",
-    "ClipBounds",
-    "NFTLoss",
-    "PreferenceLoss",
-    "PreferencePairs",
-    "ResamplePlan",
-    "SurrogateLoss",
-    "TokenObjective",
-    "VarianceShares",
-    "advantage_parts",
-    "balance_norms",
-    "balance_weights",
-    "best_of_mask",
-    "best_worst_mask",
-    "centered_advantages",
-    "cispo_surrogate",
-    "clipped_surrogate",
-    "combine_gradients",
-    "corrected_k3",
-    "cosine_matrix",
-    "dpo_loss",
-    "entropy_bonus",
-    "flow_dpo_loss",
-    "flow_matching_loss",
-    "gaussian_kl",
-    "gdpo_advantages",
-    "gram_matrix",
-    "group_correlation",
-    "group_relative_advantages",
-    "gspo_surrogate",
-    "guard_surrogate",
-    "k1",
-    "k2",
-    "k3",
-    "leave_one_out_advantages",
-    "nft_loss",
-    "normalize_rewards",
-    "old_policy_decay",
-    "preference_pairs",
-    "project_conflicts",
-    "projection_weights",
-    "reduce_tokens",
-    "reduction_weights",
-    "repa_loss",
-    "resample_plan",
-    "reward_probability",
-    "scaled_clip",
-    "signal_mask",
-    "trimmed_advantages",
-    "truncated_weights",
-    "variance_shares",
-    "velocity_regularizer",
-    "win_rate",
-]
+__all__: list[str] = []
+__all__ += advantages.__all__
+__all__ += audit.__all__
+__all__ += gradients.__all__
+__all__ += kl.__all__
+__all__ += nft.__all__
+__all__ += objectives.__all__
+__all__ += preferences.__all__
+__all__ += representation.__all__
+__all__ += selection.__all__

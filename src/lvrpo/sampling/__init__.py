@@ -1,91 +1,19 @@
 """Sampling: timesteps, flow steps and solvers, guidance, tokens, seeds. Pure functions on tensors."""
 
-from lvrpo.sampling.flow_sde import (
-    STEPS,
-    FlowStep,
-    StepFunction,
-    cps_step,
-    dance_sde_step,
-    flow_sde_step,
-    ode_step,
-    step_logprob,
-    step_weights,
-)
-from lvrpo.sampling.guidance import guide, guide_logits
-from lvrpo.sampling.masked import (
-    block_steps,
-    choose_revealed,
-    mask_draws,
-    masked_counts,
-    masked_input,
-    monte_carlo_logprob,
-    path_logprobs,
-    with_complements,
-)
-from lvrpo.sampling.seeds import derive_seed, normal_noise, uniform_noise
-from lvrpo.sampling.solvers import (
-    SOLVERS,
-    PastStep,
-    Solver,
-    adams_bashforth_step,
-    dpm_solver_step,
-    euler_step,
-)
-from lvrpo.sampling.timesteps import (
-    check_window,
-    compressed_grid,
-    decaying_window,
-    fast_window,
-    flow_time,
-    full_window,
-    random_window,
-    shift_time,
-    sliding_window,
-    timestep_grid,
-)
-from lvrpo.sampling.tokens import sample_tokens, token_entropy, token_logprobs, token_scores
+from lvrpo.sampling import flow_sde, guidance, masked, seeds, solvers, timesteps, tokens
+from lvrpo.sampling.flow_sde import *
+from lvrpo.sampling.guidance import *
+from lvrpo.sampling.masked import *
+from lvrpo.sampling.seeds import *
+from lvrpo.sampling.solvers import *
+from lvrpo.sampling.timesteps import *
+from lvrpo.sampling.tokens import *
 
-__all__ = [
-    "SOLVERS",
-    "STEPS",
-    "FlowStep",
-    "PastStep",
-    "Solver",
-    "StepFunction",
-    "adams_bashforth_step",
-    "block_steps",
-    "check_window",
-    "choose_revealed",
-    "compressed_grid",
-    "cps_step",
-    "dance_sde_step",
-    "decaying_window",
-    "derive_seed",
-    "dpm_solver_step",
-    "euler_step",
-    "fast_window",
-    "flow_sde_step",
-    "flow_time",
-    "full_window",
-    "guide",
-    "guide_logits",
-    "mask_draws",
-    "masked_counts",
-    "masked_input",
-    "monte_carlo_logprob",
-    "normal_noise",
-    "ode_step",
-    "path_logprobs",
-    "random_window",
-    "sample_tokens",
-    "shift_time",
-    "sliding_window",
-    "step_logprob",
-    "step_weights",
-    "timestep_grid",
-    "token_entropy",
-    "token_logprobs",
-    "token_scores",
-    "uniform_noise",
-    "with_complements",
-]
+__all__: list[str] = []
+__all__ += flow_sde.__all__
+__all__ += guidance.__all__
+__all__ += masked.__all__
+__all__ += seeds.__all__
+__all__ += solvers.__all__
+__all__ += timesteps.__all__
+__all__ += tokens.__all__
