@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lvrpo.commands.keys import key_class
-from lvrpo.commands.models import KINDS
+from lvrpo.commands.train_options import KINDS
 from lvrpo.config import Config, load_config, require_known_keys, shipped_configs
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lvrpo.commands.data import audit_data, leakage_options
-from lvrpo.commands.options import (
-    Command,
-    Options,
-    Parser,
-    add_device,
-    add_json,
-    add_model,
-    add_seed,
-    names,
-    positive,
-    refuse_existing,
-    refuse_given,
-    whole,
-)
+import torch
+
+from lvrpo.commands.data import audit_data
+from lvrpo.commands.inputs import write_json
+from lvrpo.commands.options import Options, refuse_existing, refuse_given
+from lvrpo.commands.progress import print_tables, wide_console
+from lvrpo.config import parse_section
 from lvrpo.errors import InputError
-
-if TYPE_CHECKING:
-    from lvrpo.policies.base import Policy
-    from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.evaluation import judge_audit, reward_ranking
+from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
+from lvrpo.evaluation.reward_audit import audit_rewards
+from lvrpo.evaluation.reward_ranking import VERIFIER_REWARD, audit_samples, read_recorded_run, sample_groups
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import START, load_policy
+from lvrpo.report import audit as tables
+from lvrpo.report.audit import JUDGED, sample_tables, sensitivity_table
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import build_rewards
 
 DEFAULT_SIDE = 256
 """Side of the pictures, in pixels, for a model that reads any size."""
 JUDGE_OPTIONS = ("samples", "also", "n", "seed")
 ROW_KEYS = ("name", "label", "options", "judge")
 """Keys of a row of ``--also``; the others belong to training."""
-
-
-def options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, of a run in progress too")
-    group = parser.group("audit a judge, instead of a run")
-    group.add_argument("--judge", metavar="MODEL", help="test whether this model detects one known error in an output")
-    group.add_argument("--samples", metavar="MODEL", help="test it instead on outputs that this model (or run) samples")
-    group.add_argument(
-        "--also",
-        type=_reward_rows,
-        metavar="REWARDS",
-        help="rewards to test too: NAME,NAME or '[{name: NAME, options: {...}}, NAME]'",
-    )
-    group.add_argument("--n", type=positive, metavar="N", help="scenes, or prompts, per category (default: 40)")
-    group.add_argument("--seed", type=whole, metavar="N", help="random seed of the scenes (default: 0)")
-    add_device(parser)
-    leakage_options(parser)
-    add_json(parser, "all numbers")
 
 
 def run(options: Options) -> None:
@@ -71,14 +51,6 @@ def run(options: Options) -> None:
 
 def audit_run(options: Options) -> None:
     """Prints the tables and alarms of a run."""
-    from dataclasses import asdict
-
-    from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.progress import print_tables, wide_console
-    from lvrpo.evaluation.reward_audit import audit_rewards
-    from lvrpo.evaluation.reward_ranking import read_recorded_run
-    from lvrpo.report import audit as tables
-
     audit = audit_rewards(read_recorded_run(options.run))
     console = wide_console()
     head = f"{options.run}: {tables.recorded_steps(audit)}; advantages: {audit.formula}"
@@ -93,27 +65,17 @@ def audit_run(options: Options) -> None:
 
 def audit_judge(options: Options) -> None:
     """Audits the judge on minimal pairs, or on samples of a model, and prints the tables."""
-    from dataclasses import asdict
-
-    import torch
-
-    from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.progress import print_tables, wide_console
-    from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, minimal_pairs
-    from lvrpo.policies.loading import load_policy
-    from lvrpo.report.audit import JUDGED, sensitivity_table
-
     if options.run is not None:
         raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
     torch.set_num_threads(1)
     if options.samples is not None:
         _rank_samples(options)
         return
-    sources = _build_sources(REWARDS, options.also or [])
+    sources = _build_sources(judge_audit.REWARDS, options.also or [])
     judge = load_policy(options.judge, options.device)
     console = wide_console()
-    cases = minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or DEFAULT_SIDE)
-    audit = audit_judge(
+    cases = judge_audit.minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or DEFAULT_SIDE)
+    audit = judge_audit.audit_judge(
         judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
     print_tables([sensitivity_table(audit, output) for output in JUDGED], console)
@@ -124,15 +86,7 @@ def audit_judge(options: Options) -> None:
 
 def _rank_samples(options: Options) -> None:
     """Samples a model, scores its outputs by every reward, prints the rankings against ground truth."""
-    from dataclasses import asdict
-
-    from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.progress import print_tables, wide_console
-    from lvrpo.evaluation.reward_ranking import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
-    from lvrpo.policies.loading import load_policy
-    from lvrpo.report.audit import sample_tables
-
-    sources = _build_sources((VERIFIER_REWARD, *REWARDS), options.also or [])
+    sources = _build_sources((VERIFIER_REWARD, *reward_ranking.REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
     size, n, seed = _image_side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
@@ -164,17 +118,12 @@ def _image_side(judge: Policy, model: Policy, options: Options) -> int:
 
 def _build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
     """The default rewards and those of ``--also``, which replace defaults of the same title."""
-    from lvrpo.rewards.table import build_rewards
-
     own = _reward_configs(also)
     return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)
 
 
 def _reward_configs(found: list[Any]) -> list[RewardConfig]:
     """The values of ``_reward_rows`` as reward configurations. Any: YAML values."""
-    from lvrpo.config import parse_section
-    from lvrpo.rewards.row import RewardConfig
-
     made = []
     for i, row in enumerate(found):
         tree = {"name": row} if isinstance(row, str) else row
@@ -186,60 +135,11 @@ def _reward_configs(found: list[Any]) -> list[RewardConfig]:
     return made
 
 
-def _reward_rows(text: str) -> list[Any]:
-    """NAME,NAME, or a list of names and rows in YAML; or a single row. Any: YAML values."""
-    from lvrpo.strict_yaml import parse_yaml
-
-    if not text.lstrip().startswith(("[", "{")):
-        return list(names(text))
-    try:
-        found = parse_yaml(text, "--also")
-    except InputError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: is not valid YAML: write NAME,NAME or '[{{name: NAME, options: {{...}}}}, NAME]'"
-        ) from None
-    return found if isinstance(found, list) else [found]
-
-
-AUDIT = Command(
-    "audit the rewards of a run, a judge, or the overlap of train, validation and test",
-    options,
-    run,
-    "examples:\n"
-    "  lvrpo audit runs/quickstart                              # what each reward of a run caused\n"
-    "  lvrpo audit --judge tiny                                 # which errors a judge detects\n"
-    "  lvrpo audit --data train.jsonl validation.jsonl test.jsonl\n\n"
-    "docs/concepts/reward_audit.md explains every number; lvrpo report RUN draws the curves.",
-)
-
 # --- lvrpo information ---
-
-
-def information_options(parser: Parser) -> None:
-    add_model(parser)
-    parser.add_argument(
-        "--pairs", type=positive, default=1024, metavar="N", help="held-out image-caption pairs (default: 1024)"
-    )
-    parser.add_argument(
-        "--negatives",
-        type=positive,
-        default=128,
-        metavar="N",
-        help="negatives per pair; the bound is at most log N nats (default: 128)",
-    )
-    add_seed(parser)
-    add_json(parser)
 
 
 def print_information(options: Options) -> None:
     """Prints the bounds of a model, or of a run's start and result with the difference."""
-    import torch
-
-    from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.progress import wide_console
-    from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
-    from lvrpo.policies.loading import START, load_policy
-
     if options.json is not None:
         refuse_existing([options.json], options.force)
     torch.set_num_threads(1)
@@ -277,11 +177,3 @@ def print_information(options: Options) -> None:
         out[direction] = rows
     content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
     write_json(options, {**content, "information": out})
-
-
-INFORMATION = Command(
-    "estimate the mutual information of the understanding and generation experts (InfoNCE)",
-    information_options,
-    print_information,
-    "examples:\n  lvrpo information runs/quickstart --json information.json",
-)

@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, guidance, names, refuse_given, share
+from rich.console import Console
+
+from lvrpo.commands.options import Options, refuse_given
+from lvrpo.data.geneval import METADATA, read_metadata
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
+from lvrpo.evaluation.benchmarks import lmms_process as process
+from lvrpo.evaluation.benchmarks.geneval import SAMPLES, write_layout
+from lvrpo.evaluation.benchmarks.lmms_process import Harness, HarnessEvaluation, HarnessTask, read_scores
+from lvrpo.evaluation.items import ItemFolder, ItemStore
+from lvrpo.policies.loading import policy_folder
 from lvrpo.reading import path_exists
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from lvrpo.evaluation.benchmarks.lmms_process import Harness, HarnessEvaluation, HarnessTask
-
-
-def published_options(parser: Parser) -> None:
-    """Adds the options that published benchmarks need."""
-    group = parser.group("published benchmarks")
-    group.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR|hub|ID",
-        help="folder with a subfolder per benchmark; hub: the benchmark's data set on the Hub; or a Hub id",
-    )
-    group.add_argument("--detector", metavar="FOLDER", help="object detector of geneval, a transformers model")
-    group.add_argument("--color-classifier", metavar="FOLDER", help="CLIP or SigLIP model of geneval")
-    group.add_argument(
-        "--thresholds",
-        type=two_shares,
-        metavar="OBJECT,COUNTING",
-        help="minimum detector scores (default: .3,.9, the official values, meant for Mask2Former)",
-    )
-    group.add_argument(
-        "--vlm",
-        type=Path,
-        metavar="FOLDER|FILE.yaml",
-        help="VLM judge of geneval2, dpg, wise and t2i_compbench: a transformers model, or the YAML of an endpoint",
-    )
-    group.add_argument(
-        "--geneval-layout",
-        type=Path,
-        metavar="DIR",
-        help="also write the images in the layout of the official GenEval code (needs --out)",
-    )
-    group.add_argument(
-        "--guidance", type=guidances, metavar="X[,Y]", help="guidance scales, each measured (default: MODEL's own)"
-    )
-
-
-def guidances(text: str) -> list[float]:
-    """Guidance scales, each once."""
-    found = [guidance(name) for name in names(text)]
-    if len({*found}) < len(found):
-        raise argparse.ArgumentTypeError(f"{text}: a scale stands twice")
-    return found
-
-
-def two_shares(text: str) -> tuple[float, float]:
-    """Two numbers from 0 to 1."""
-    found = [share(name) for name in names(text)]
-    if len(found) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: write OBJECT,COUNTING, such as .3,.9")
-    return found[0], found[1]
+from lvrpo.registry import resolve
 
 
 @contextmanager
@@ -105,10 +56,6 @@ def write_geneval_layout(options: Options, evaluated: Mapping[str, Sequence[str]
     ``evaluated``: names of the benchmarks by phase, the folder below ``--out``. Raises InputError where prompts have
     no pictures.
     """
-    from lvrpo.data.geneval import METADATA, read_metadata
-    from lvrpo.evaluation.benchmarks.geneval import SAMPLES, write_layout
-    from lvrpo.evaluation.items import ItemFolder, ItemStore
-
     names = [(phase, name) for phase, each in evaluated.items() for name in each]
     chosen = [(phase, name) for phase, name in names if name.partition("@")[0] in GENEVAL_FAMILY]
     places = (options.data / "geneval" / METADATA, options.data / METADATA)
@@ -124,8 +71,6 @@ def write_geneval_layout(options: Options, evaluated: Mapping[str, Sequence[str]
 
 def list_benchmarks(options: Options) -> None:
     """Prints every published benchmark with what it needs."""
-    from lvrpo.registry import resolve
-
     for name in PUBLISHED:
         found = resolve("benchmark", name, PUBLISHED)
         drawn = "a picture" if found.samples == 1 else f"{found.samples} pictures"
@@ -147,13 +92,6 @@ def list_benchmarks(options: Options) -> None:
     print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl")
 
 
-BENCHMARK_LIST = Command(
-    "list the published benchmarks and what each needs",
-    lambda parser: None,
-    list_benchmarks,
-    "examples:\n  lvrpo benchmarks\n  lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa    # measure one of them",
-)
-
 # --- lmms-eval ---
 
 OF_OWN_BENCHMARKS = (
@@ -168,44 +106,6 @@ OF_OWN_BENCHMARKS = (
     "geneval_layout",
 )
 """Options that mean nothing to lmms-eval."""
-
-
-def lmms_options(parser: Parser) -> None:
-    """Adds the options of lmms-eval."""
-    group = parser.group("lmms-eval")
-    group.add_argument(
-        "--lmms-eval",
-        type=names,
-        metavar="TASK[,TASK]",
-        help="tasks of lmms-eval by name or FILE.yaml, alone or beside --benchmark",
-    )
-    group.add_argument(
-        "--lmms-env",
-        type=Path,
-        metavar="DIR|PYTHON",
-        help="the environment of lmms-eval, or its Python (default: in the user's cache)",
-    )
-    group.add_argument(
-        "--lmms-install", action="store_true", help="create that environment first (downloads several GB)"
-    )
-    group.add_argument(
-        "--lmms-args",
-        type=arguments,
-        default={},
-        metavar="KEY=VALUE[,..]",
-        help="arguments of the model, such as mode=generate,think=True,batch_size=8,max_new_tokens=512",
-    )
-
-
-def arguments(text: str) -> dict[str, str]:
-    """KEY=VALUE pairs."""
-    found: dict[str, str] = {}
-    for pair in names(text):
-        key, equals, value = pair.partition("=")
-        if not (key and equals and value) or key in found:
-            raise argparse.ArgumentTypeError(f"{text!r}: write KEY=VALUE,KEY=VALUE, each key once")
-        found[key] = value
-    return found
 
 
 def refuse_lmms_options(options: Options) -> None:
@@ -229,9 +129,6 @@ def refuse_lmms_options(options: Options) -> None:
 
 def open_lmms(options: Options) -> tuple[list[HarnessTask], Harness]:
     """The tasks and the interpreter that runs them; raises InputError where a model, a task or a package is missing."""
-    from lvrpo.evaluation.benchmarks import lmms_process as process
-    from lvrpo.policies.loading import policy_folder
-
     for model in filter(None, (options.model, options.base, options.against)):
         policy_folder(model)
     tasks = [process.HarnessTask.read(text) for text in options.lmms_eval]
@@ -257,8 +154,6 @@ def evaluate_lmms(
 
 
 def _harness_of(options: Options, python: Path, version: str) -> Harness:
-    from lvrpo.evaluation.benchmarks.lmms_process import Harness
-
     given = {
         "seed": options.seed,
         "dtype": options.dtype,
@@ -283,10 +178,6 @@ def scores_of(
     console: Console,
 ) -> HarnessEvaluation:
     """The scores of one model; a task that fails is named and does not stop the others."""
-    import time
-
-    from lvrpo.evaluation.benchmarks.lmms_process import HarnessEvaluation, read_scores
-
     started, scored, failed = time.perf_counter(), {}, {}
     for task in tasks:
         title = f"{phase}: {task.name}" if phase else task.name

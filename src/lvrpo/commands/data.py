@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_force, add_seed, positive, refuse_existing
+from PIL import Image as PilImage
+from rich.console import Console
+
+from lvrpo.commands.inputs import read_config, require_png, write_file, write_json
+from lvrpo.commands.options import Options, refuse_existing
+from lvrpo.commands.progress import text_table, wide_console
+from lvrpo.config import load_config, shipped_configs
+from lvrpo.config_errors import nearest
+from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+from lvrpo.data.leakage import ComparedPrompt, Index, Overlap, Shared, compared_rows, duplicates, leaks, pixel_picture
+from lvrpo.data.rows import RowPrompts
+from lvrpo.data.scenes import VOCABULARY, ScenePrompts, ScenesConfig, Split, web_corpus
+from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, compared_examples, compared_prompts
+from lvrpo.data.tables import DatasetConfig, DatasetPrompts
 from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation import PUBLISHED
+from lvrpo.evaluation.suite import find_benchmarks
+from lvrpo.pictures import load_image, png
 from lvrpo.reading import unused_path
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from PIL import Image as PilImage
-    from rich.console import Console
-
-    from lvrpo.data.leakage import ComparedPrompt, Overlap, Shared
-    from lvrpo.data.rows import RowPrompts
-    from lvrpo.data.scenes.objects import Split
-    from lvrpo.report.tables import TextTable
-    from lvrpo.training.config import DataConfig, TrainConfig
-    from lvrpo.types import Example, TaskKind
-
-
-def _preview_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("scenes.png"), metavar="FILE", help="where to write it (default: scenes.png)"
-    )
-    parser.add_argument(
-        "--split", choices=("train", "validation", "test"), default="test", help="split to show (default: test)"
-    )
-    add_seed(parser)
-    add_force(parser)
+from lvrpo.registry import resolve
+from lvrpo.report.formatting import share
+from lvrpo.report.grids import PER_ROW, contact_sheet
+from lvrpo.report.tables import Cell, TextTable
+from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
+from lvrpo.training.rollout import prompts_of_step
+from lvrpo.types import Example, TaskKind
 
 
 def preview(options: Options) -> None:
-    from lvrpo.commands.inputs import require_png, write_file
-    from lvrpo.pictures import png
-
     file = options.out / "scenes.png" if options.out.is_dir() or not options.out.suffix else options.out
     require_png(file)
     refuse_existing([file], options.force)
@@ -49,9 +47,6 @@ def preview(options: Options) -> None:
 
 def world_sheet(split: Split, seed: int) -> PilImage.Image:
     """One row per category of the built-in world."""
-    from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
-    from lvrpo.report.grids import PER_ROW, contact_sheet
-
     source = ScenePrompts(ScenesConfig(), split, seed)
     rows: list[tuple[TaskKind, str, list[Example]]] = []
     for task in source.tasks:
@@ -65,26 +60,11 @@ def world_sheet(split: Split, seed: int) -> PilImage.Image:
 
 
 def vocabulary(options: Options) -> None:
-    from lvrpo.data.scenes import VOCABULARY
-
     print("\n".join(VOCABULARY))
-
-
-def _rows_options(parser: Parser) -> None:
-    parser.add_argument("name", metavar="BENCHMARK", help="the benchmark whose format FILE has; see lvrpo benchmarks")
-    parser.add_argument("file", type=Path, metavar="FILE", help="prompts in that format")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where to write the rows")
-    add_force(parser)
 
 
 def rows(options: Options) -> None:
     """Writes the prompts of a benchmark's file as rows, their questions as facts."""
-    import json
-
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.evaluation import PUBLISHED
-    from lvrpo.registry import resolve
-
     refuse_existing([options.out], options.force)
     prompts = resolve("benchmark", options.name, PUBLISHED).read(options.file)
     lines = []
@@ -97,28 +77,6 @@ def rows(options: Options) -> None:
         lines.append(json.dumps({**row, "facts": facts}, ensure_ascii=False) + "\n")
     write_file(options.out, "".join(lines).encode(), options.force)
     print(f"{len(lines)} rows in {options.out}")
-
-
-BENCHMARK_ROWS = Command(
-    "convert prompts of a published benchmark to training or validation rows",
-    _rows_options,
-    rows,
-    "examples:\n"
-    "  lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl\n\n"
-    "The questions of the benchmark become the field facts, which the reward self_vqa asks.",
-)
-PREVIEW = Command(
-    "draw examples of every category of the built-in world into one image",
-    _preview_options,
-    preview,
-    "examples:\n  lvrpo data preview --split train --out world.png",
-)
-VOCABULARY = Command(
-    "list the words of the built-in world",
-    lambda parser: None,
-    vocabulary,
-    "examples:\n  lvrpo data vocabulary > words.txt",
-)
 
 
 SPLITS = ("train", "validation", "test")
@@ -134,31 +92,8 @@ LEAK_MESSAGES = {
 }
 
 
-def leakage_options(parser: Parser) -> None:
-    """The options of the audit of data; None where not given."""
-    group = parser.group("compare the splits of the data, instead of a run")
-    group.add_argument(
-        "--data",
-        nargs="*",
-        metavar="CONFIG|FILE",
-        help="the splits of a configuration (default: quickstart), or train.jsonl [validation.jsonl] test.jsonl",
-    )
-    group.add_argument(
-        "--steps", type=positive, metavar="N", help="training steps to compare (default: all of the run)"
-    )
-    group.add_argument(
-        "--wording", action="append", metavar="TEXT", help="ignore this beginning of a prompt, such as 'draw'"
-    )
-
-
 def audit_data(options: Options) -> None:
     """Prints one table per pair of splits; raises InputError, or ContractError for the built-in world, on a leak."""
-    from dataclasses import asdict
-
-    from lvrpo.commands.inputs import write_json
-    from lvrpo.commands.progress import wide_console
-    from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
-
     if options.run is not None or options.judge is not None:
         raise InputError(f"--data and {options.run or '--judge'}: give one of the two")
     console = wide_console()
@@ -182,11 +117,6 @@ def print_overlaps(
 
     Returns the overlaps by title, and the first leak as an error.
     """
-    from lvrpo.commands.progress import text_table
-    from lvrpo.data.leakage import Index, leaks
-    from lvrpo.report.formatting import share
-    from lvrpo.report.tables import Cell, TextTable
-
     found: dict[str, list[Overlap]] = {}
     first: Shared | None = None
     for i, (name, prompts) in enumerate(splits.items()):
@@ -232,9 +162,6 @@ def _load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Ma
 
 def _read_train_config(given: Sequence[str]) -> TrainConfig:
     """CONFIG section.key=value ..., the quickstart by default."""
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.training.config import TrainConfig
-
     names = [word for word in given if "=" not in word]
     if len(names) > 1:
         raise InputError(f"--data {' '.join(given)}: give one CONFIG, or two or three .jsonl files")
@@ -243,9 +170,6 @@ def _read_train_config(given: Sequence[str]) -> TrainConfig:
 
 def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
     """Every row with decoded pictures; ``root``: another folder of the pictures."""
-    from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-    from lvrpo.data.leakage import compared_rows, pixel_picture
-    from lvrpo.pictures import load_image
 
     def read(path: Path) -> list[ComparedPrompt]:
         source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
@@ -256,11 +180,6 @@ def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[st
 
 def _scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
     """Train: the prompts of ``steps`` steps and the pretraining corpus; validation; test: all benchmarks."""
-    from lvrpo.data.scenes import ScenePrompts, web_corpus
-    from lvrpo.data.scenes.leakage import compared_examples, compared_prompts
-    from lvrpo.evaluation.suite import find_benchmarks
-    from lvrpo.training.rollout import prompts_of_step
-
     source = ScenePrompts(config.data.scenes, "train", config.seed)
     train = [found for step in range(steps) for found in compared_prompts(prompts_of_step(source, config, step))]
     log(f"train: {len(train)} prompts of {steps} steps")
@@ -289,32 +208,8 @@ SIDE = 128
 """Side of a picture on the contact sheet, in pixels."""
 
 
-def check_options(parser: Parser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a configuration, a file or glob of rows, a folder of images, or a Hub id OWNER/NAME",
-    )
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="section.key=value if SOURCE is a configuration, else keys of data.datasets such as preset=llava",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the contact sheet (default: rows.png, with a number if it exists)"
-    )
-    add_force(parser)
-
-
 def check(options: Options) -> None:
     """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
-    from lvrpo.commands.inputs import require_png, write_file
-    from lvrpo.commands.progress import text_table, wide_console
-    from lvrpo.data.leakage import compared_rows, duplicates, pixel_picture
-    from lvrpo.pictures import load_image, png
-    from lvrpo.report.grids import contact_sheet
-
     out: Path = options.out or unused_path(Path("rows"), ".png")
     file = out if out.suffix else out.with_suffix(".png")
     require_png(file)
@@ -350,12 +245,6 @@ def check(options: Options) -> None:
 
 def _read_data(source: str, overrides: list[str]) -> DataConfig:
     """The data section of CONFIG, or that of a file, a folder or a Hub id with keys of a data set."""
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.config import load_config, shipped_configs
-    from lvrpo.data.jsonl import JsonlConfig
-    from lvrpo.data.tables import DatasetConfig
-    from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
-
     if source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not os.path.lexists(source)):
         data = read_config(TrainConfig, source, overrides).data
         if data.source not in ROW_SOURCES:
@@ -375,8 +264,6 @@ def _read_data(source: str, overrides: list[str]) -> DataConfig:
 
 def _require_source(source: str) -> None:
     """Raises InputError, without asking the Hub, for a name that can only be a file or folder that does not exist."""
-    from lvrpo.config_errors import nearest
-
     folder, name = os.path.split(source)
     if os.path.lexists(source) or glob.has_magic(source):
         return
@@ -389,9 +276,6 @@ def _require_source(source: str) -> None:
 
 def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
     """The rows by split, every picture decoded; errors of rows are added to ``problems``."""
-    from lvrpo.data.jsonl import JsonlPrompts
-    from lvrpo.data.tables import DatasetPrompts
-
     found: dict[str, RowPrompts] = {}
     for split in ("train", "validation", "test"):
         if data.has_split(split):
@@ -406,8 +290,6 @@ def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
 
 def _counts_table(splits: Mapping[str, RowPrompts]) -> TextTable:
     """Rows by split and task, and how many have what rewards and success need."""
-    from lvrpo.report.tables import TextTable
-
     heads = ("split", "task", "rows", "with answer", "with facts", "with target", "categories")
     rows = []
     for split, found in splits.items():
@@ -429,15 +311,3 @@ def _shown(rows: RowPrompts) -> list[tuple[TaskKind, str, Sequence[Example]]]:
         for example in rows.examples(task, count):
             found.setdefault((task, example.prompt.category or example.prompt.source), []).append(example)
     return [(task, category, examples) for (task, category), examples in found.items()]
-
-
-CHECK = Command(
-    "check your own rows: a contact sheet, counts per task, errors, duplicates, overlap of splits",
-    check_options,
-    check,
-    "examples:\n"
-    "  lvrpo data check own.yaml\n"
-    "  lvrpo data check pictures preset=labels\n"
-    "  lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
-    "  lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
-)

@@ -6,41 +6,25 @@ import importlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lvrpo.commands.infer import prompt, sample
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, add_threads, port
+from lvrpo.commands.options import Options
 from lvrpo.errors import InputError, LvrpoError
+from lvrpo.pictures import middle_square
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import load_policy
+from lvrpo.rewards.questions import QuestionConfig
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.types import Group, Image, TaskKind
 
-if TYPE_CHECKING:
-    from lvrpo.policies.base import Policy
-    from lvrpo.rewards.self_vqa import SelfVQA
-    from lvrpo.types import Group, Image, TaskKind
-
-LOOPBACK = "127.0.0.1"
 MAX_PICTURES = 8
 JUDGED = ("question", "right answer", "confidence")
 
 
-def _demo_options(parser: Parser) -> None:
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument("--against", metavar="MODEL", help="a second model to show side by side, with the same seeds")
-    parser.add_argument(
-        "--host",
-        default=LOOPBACK,
-        metavar="ADDRESS",
-        help=f"address to listen on (default: {LOOPBACK}, this machine only)",
-    )
-    parser.add_argument("--port", type=port, default=7860, metavar="N", help="port to listen on (default: 7860)")
-    add_threads(parser)
-
-
 def demo(options: Options) -> None:
-    import torch
-
-    from lvrpo.policies.loading import load_policy
-
     gradio = _library()
     torch.set_num_threads(options.threads)
     sessions = {options.model: Session(load_policy(options.model, options.device, options.dtype, options.base))}
@@ -95,9 +79,6 @@ class Session:
 
         The questions follow from the words by the grammar of the built-in world, else the model writes them.
         """
-        from lvrpo.rewards.questions import QuestionConfig
-        from lvrpo.rewards.self_vqa import SelfVQA
-
         why = ""
         for by in ("grammar", "policy"):
             try:
@@ -129,10 +110,6 @@ class Session:
             return sample(self.policy, [asked], settings, int(count), asked.task)[0]
 
     def _picture(self, image: Any) -> Image:
-        import torch
-
-        from lvrpo.pictures import middle_square
-
         if image is None:
             raise InputError("no picture: add one")
         tensor = torch.from_numpy(image[..., :3].copy()).permute(2, 0, 1).float() / 255
@@ -219,12 +196,3 @@ def _library() -> Any:
         return importlib.import_module("gradio")
     except ImportError:
         raise InputError("the demo needs gradio: pip install 'lvrpo[demo]'") from None
-
-
-DEMO = Command(
-    "generate, ask and edit in the browser, with one model or two side by side",
-    _demo_options,
-    demo,
-    "examples:\n  lvrpo demo tiny\n  lvrpo demo runs/quickstart --against tiny",
-)
-"""``lvrpo demo``."""

@@ -2,113 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
 
 from lvrpo.commands.benchmarks import (
-    lmms_options,
-    published_options,
+    evaluate_lmms,
+    open_lmms,
     refuse_geneval_layout,
     refuse_lmms_options,
+    require_all,
     resumable,
     write_geneval_layout,
 )
-from lvrpo.commands.options import (
-    Command,
-    Options,
-    Parser,
-    add_base,
-    add_force,
-    add_model,
-    add_seed,
-    add_threads,
-    add_timeout,
-    names,
-    num_steps,
-    positive,
-    refuse_existing,
-    refuse_given,
-    whole,
-)
+from lvrpo.commands.inputs import read_config, write_file
+from lvrpo.commands.options import Options, refuse_existing, refuse_given
+from lvrpo.commands.progress import print_tables, text_table, wide_console
+from lvrpo.config import read_yaml
+from lvrpo.distributed import is_main, world_size
 from lvrpo.errors import InputError
-from lvrpo.evaluation import BENCHMARKS, PUBLISHED
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from lvrpo.evaluation.benchmarks.lmms_process import HarnessEvaluation
-    from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions
-    from lvrpo.policies.base import Policy
-    from lvrpo.rewards.success import HeldOutScorer
-    from lvrpo.training.config import TrainConfig
-
-
-def evaluate_options(parser: Parser) -> None:
-    parser.removed = {"--information": "use lvrpo information MODEL"}
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument(
-        "--benchmark",
-        type=names,
-        metavar="NAME[,NAME]",
-        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (the default); published: {', '.join(PUBLISHED)}; "
-        "or a file of rows, FILE.jsonl",
-    )
-    parser.add_argument("--against", metavar="BASE", help="evaluate this model too, and print the paired difference")
-    parser.add_argument(  # torchrun takes a --n for one of its own options
-        "--n", "--num-prompts", type=positive, metavar="N", help="prompts per benchmark (default: all that it has)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep all outputs and scores here; repeat the command to resume"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the results and the score of every sample here"
-    )
-    parser.add_argument(
-        "--judge", metavar="MODEL", help="model that judges generated images (default: BASE, else MODEL itself)"
-    )
-    add_timeout(parser)
-    add_force(parser)
-    add_seed(parser)
-    sampling = parser.group("sampling")
-    sampling.add_argument(
-        "--num-steps",
-        type=num_steps,
-        metavar="N",
-        help="sampling steps per image (default: 8; for published benchmarks and rows MODEL's own)",
-    )
-    sampling.add_argument(
-        "--samples", type=positive, metavar="N", help="samples per prompt for pass@k and best of n (default: 16)"
-    )
-    sampling.add_argument(
-        "--sampled-prompts",
-        type=whole,
-        default=280,
-        metavar="N",
-        help="prompts that get --samples samples (default: 280)",
-    )
-    sampling.add_argument(
-        "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts, write FILE"
-    )
-    sampling.add_argument("--tuned", type=Path, metavar="FILE", help="use the guidance and temperature of FILE")
-    rows = parser.group("rows of your own (--benchmark FILE.jsonl)")
-    rows.add_argument(
-        "--rewards",
-        metavar="CONFIG",
-        help="configuration whose rewards score rows without an answer (default: that of the run)",
-    )
-    rows.add_argument("--root", type=Path, metavar="DIR", help="the folder of the images (default: that of FILE.jsonl)")
-    published_options(parser)
-    lmms_options(parser)
-    add_threads(parser)
+from lvrpo.evaluation import suite, tuning
+from lvrpo.evaluation.benchmarks.lmms_process import HarnessEvaluation
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
+from lvrpo.evaluation.items import ItemStore
+from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, sampled_as
+from lvrpo.evaluation.tuning import TunedSampling
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import START, load_policy, stored_image_size
+from lvrpo.report.formatting import share
+from lvrpo.report.tables import measure_tables, scores_table, summary_table
+from lvrpo.rewards.base import judge_fingerprint
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run_directory import CONFIG, RunDirectory, json_text
+from lvrpo.training.sources import task_scorer
+from lvrpo.training.splits import require_unseen_by
 
 
 def require_divisible(options: Options) -> None:
     """Raises InputError for what several processes (``torchrun``) cannot share."""
-    from lvrpo.distributed import world_size
-
     if world_size() > 1:
         refuse_given(options, ("tune", "lmms_eval"), "works in one process only: start it without torchrun")
         if options.out is None:
@@ -129,9 +65,6 @@ def evaluate(options: Options) -> None:
 
 def evaluate_by_us(options: Options) -> None:
     """Our own benchmarks, and published ones with scorers of ours."""
-    from lvrpo.commands.progress import wide_console
-    from lvrpo.distributed import is_main
-
     options.benchmark = options.benchmark or ["scenes"]
     if options.tune is not None:
         tune(options)
@@ -144,15 +77,6 @@ def evaluate_by_us(options: Options) -> None:
 
 def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
     """What results.json begins with, the records of MODEL, and of ``--against`` before. Any: JSON values."""
-    import torch
-
-    from lvrpo.evaluation import suite
-    from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
-    from lvrpo.evaluation.tuning import TunedSampling
-    from lvrpo.policies.loading import load_policy
-    from lvrpo.rewards.base import judge_fingerprint
-    from lvrpo.training.splits import require_unseen_by
-
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
     inputs = BenchmarkInputs(
@@ -184,9 +108,6 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
 
 def evaluate_by_lmms(options: Options) -> None:
     """The tasks of ``--lmms-eval`` and the benchmarks beside them, in one file and one table."""
-    from lvrpo.commands.benchmarks import evaluate_lmms, open_lmms, require_all
-    from lvrpo.commands.progress import wide_console
-
     console = wide_console()
     tasks, harness = open_lmms(options)
     head: dict[str, Any] = {"model": options.model, "seed": options.seed}
@@ -224,9 +145,6 @@ def write_results(
     before: Evaluation | HarnessEvaluation | None,
 ) -> None:
     """Writes ``--json`` and results.json of ``--out``. Any: JSON values."""
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.training.run_directory import json_text
-
     if before is not None:
         head |= {"against": options.against, "before": before.as_dict(), "difference": differences(before, result)}
     content = json_text({**head, **result.as_dict()}).encode()
@@ -249,11 +167,6 @@ def evaluated(
     phase: Literal["", "before", "after"],
 ) -> Evaluation:
     """The records of a policy; ``phase``: the folder of its items below ``--out``."""
-    from dataclasses import replace
-
-    from lvrpo.evaluation import suite
-    from lvrpo.evaluation.items import ItemStore
-
     title = f"{phase}: " if phase else ""
     return suite.evaluate(
         policy,
@@ -273,9 +186,6 @@ def print_results(
     console: Console,
 ) -> None:
     """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
-    from lvrpo.commands.progress import print_tables, text_table
-    from lvrpo.report.tables import measure_tables, scores_table, summary_table
-
     results = result.results()
     if not results:
         return
@@ -301,8 +211,6 @@ def print_results(
 
 def input_side(options: Options) -> int | None:
     """The side of the pictures that MODEL reads, where rows of a file are put to it."""
-    from lvrpo.policies.loading import stored_image_size
-
     return stored_image_size(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
 
 
@@ -311,12 +219,6 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
 
     A run is scored as it scored itself: by its success and its rewards, judged by the weights that it began with.
     """
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.policies.loading import START
-    from lvrpo.rewards.success import SUCCESS_ONLY
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.sources import task_scorer
-
     if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
         return SUCCESS_ONLY, None
     run = Path(options.rewards or options.model)
@@ -332,36 +234,18 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
 
 def sampled_as_run(options: Options, benchmarks: list[Benchmark]) -> list[Benchmark]:
     """The benchmarks; where MODEL is a run, rows of a file are sampled as in its validation."""
-    from lvrpo.evaluation.suite import sampled_as
-
     trained = run_config(Path(options.model)) if any(b.tunable for b in benchmarks) else None
     return benchmarks if trained is None else sampled_as(benchmarks, trained.rollout.held_out_sampling())
 
 
 def run_config(run: Path) -> TrainConfig | None:
     """The configuration of a run of ``lvrpo train``; None for other folders, and for a run of ``lvrpo pretrain``."""
-    from lvrpo.config import read_yaml
-    from lvrpo.policies.loading import START
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run_directory import CONFIG, RunDirectory
-
     is_run = (run / START).is_dir() and (run / CONFIG).is_file() and "init" not in read_yaml(run / CONFIG)
     return RunDirectory.read(run).config(TrainConfig) if is_run else None
 
 
 def tune(options: Options) -> None:
     """Chooses guidance and temperature on validation prompts, prints the grid, writes the choice."""
-    from dataclasses import replace
-
-    import torch
-
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.progress import wide_console
-    from lvrpo.evaluation import suite, tuning
-    from lvrpo.policies.loading import load_policy
-    from lvrpo.report.formatting import share
-    from lvrpo.training.run_directory import json_text
-
     of_evaluations = ("json", "tuned", "judge", "samples", "rewards", "out", "against")
     refuse_given(options, of_evaluations, "belongs to an evaluation: leave it out, or --tune")
     if held_out_scorer(options)[0].rule:
@@ -383,15 +267,3 @@ def tune(options: Options) -> None:
     for task, settings in tuned.settings.items():
         console.print(f"{task}: {', '.join(f'{name} {value:g}' for name, value in settings.items())}")
     write_file(options.tune, json_text(tuned.as_dict()).encode(), options.force)
-
-
-EVALUATE = Command(
-    "measure a model: scores with 95 % intervals, pass@k, best of n, balanced accuracy",
-    evaluate_options,
-    evaluate,
-    "examples:\n"
-    "  lvrpo evaluate tiny --benchmark understand,edit --n 100\n"
-    "  lvrpo evaluate runs/quickstart --against tiny --out results           # before and after\n"
-    "  lvrpo evaluate tiny --tune best.json && lvrpo evaluate tiny --tuned best.json\n"
-    "  lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa               # see lvrpo benchmarks",
-)

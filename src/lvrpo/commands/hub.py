@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 import shutil
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lvrpo import __version__
-from lvrpo.commands.options import Command, Options, Parser
+from lvrpo.commands.options import Options
+from lvrpo.distributed.peers import first_line
 from lvrpo.errors import ContractError, InputError
+from lvrpo.policies import BUILT_IN
+from lvrpo.policies.adapter import has_adapter, read_base
+from lvrpo.policies.loading import policy_folder, possible_tasks
+from lvrpo.report.formatting import interval
+from lvrpo.report.run import MARKERS, load_run
+from lvrpo.report.tables import TextTable
+from lvrpo.strict_yaml import parse_yaml
 
 REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 NOT_PUSHED = ("state", "checkpoint.json", "README.md")
@@ -26,20 +33,7 @@ PIPELINE_TAGS = {
 }
 
 
-def _push_options(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run directory, or a model or adapter folder")
-    parser.add_argument("repo", metavar="ORG/NAME", help="the Hub repository; created as private if it does not exist")
-    parser.add_argument(
-        "--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: that of the base)"
-    )
-    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    parser.add_argument("--force", action="store_true", help="commit to a repository that already has files")
-    parser.add_argument("--card", action="store_true", help="print the model card and the file list, upload nothing")
-
-
 def push(options: Options) -> None:
-    from lvrpo.policies.loading import policy_folder
-
     if not re.fullmatch(REPO_ID, options.repo):
         raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
     folder = policy_folder(options.model)
@@ -97,12 +91,6 @@ def _model_card(repo: str, model: Path, folder: Path, license_id: str | None) ->
 
     ``model``: a run, whose results are shown, or a folder. Raises InputError without a license.
     """
-    from lvrpo.policies import BUILT_IN
-    from lvrpo.policies.adapter import has_adapter, read_base
-    from lvrpo.policies.loading import possible_tasks
-    from lvrpo.report.run import MARKERS, load_run
-    from lvrpo.strict_yaml import parse_yaml
-
     run = load_run(model) if model.is_dir() and any((model / name).is_file() for name in MARKERS) else None
     config: Any = parse_yaml(run.config, "config.yaml") if run is not None and run.config else {}
     base = read_base(folder) if has_adapter(folder) else str(config.get("policy") or model)
@@ -137,9 +125,6 @@ def _model_card(repo: str, model: Path, folder: Path, license_id: str | None) ->
 
 def _results(run: Any) -> Iterator[str]:
     """The table of a run's benchmarks, and whether the run was healthy. Any: a RunRecord."""
-    from lvrpo.report.formatting import interval
-    from lvrpo.report.tables import TextTable
-
     summary = run.summary
     if summary is None or not summary.after:
         yield "## Results\nThis run was not evaluated."
@@ -161,9 +146,6 @@ def _results(run: Any) -> Iterator[str]:
 
 def _license_of(base: str) -> str | None:
     """The license in the card of a base that lies on this machine; None where it names none."""
-    from lvrpo.policies import BUILT_IN
-    from lvrpo.policies.loading import policy_folder
-
     if base in BUILT_IN:
         return "apache-2.0"
     try:
@@ -173,12 +155,6 @@ def _license_of(base: str) -> str | None:
     if not card.is_file():
         return None
     return (_library().metadata_load(card) or {}).get("license")
-
-
-def _pull_options(parser: Parser) -> None:
-    parser.add_argument("repo", metavar="ORG/NAME", help="the Hub repository")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: main)")
 
 
 def pull(options: Options) -> None:
@@ -201,8 +177,6 @@ def pull(options: Options) -> None:
 def _hub_errors(repo: str) -> Iterator[None]:
     """Turns errors of the Hub's library into one line; it has removed the token from them."""
     from huggingface_hub import errors
-
-    from lvrpo.distributed.peers import first_line
 
     try:
         yield
@@ -234,25 +208,3 @@ def _library() -> Any:
     except ImportError:
         raise InputError("the Hub needs huggingface_hub: pip install 'lvrpo[hub]'") from None
     return huggingface_hub
-
-
-PUSH = Command(
-    "upload a model or an adapter to the Hugging Face Hub, with a model card",
-    _push_options,
-    push,
-    textwrap.dedent("""\
-        examples:
-          lvrpo push runs/mine me/my-model --card    # look at the card first
-          lvrpo push runs/mine me/my-model
-
-        The card states the results and the recipe of the run, its known limits, and the license of the base."""),
-)
-"""``lvrpo push``."""
-
-PULL = Command(
-    "download a model from the Hugging Face Hub: weights, configuration and tokenizer, no code",
-    _pull_options,
-    pull,
-    "examples:\n  lvrpo pull me/my-model models/my-model",
-)
-"""``lvrpo pull``."""

@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lvrpo.commands.options import (
-    Command,
-    Options,
-    Parser,
-    add_base,
-    add_force,
-    add_model,
-    add_seed,
-    add_threads,
-    guidance,
-    max_new_tokens,
-    num_steps,
-    picture_size,
-    refuse_existing,
-    share,
-    up_to,
-)
+import torch
+
+from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, write_file
+from lvrpo.commands.options import Options, refuse_existing
+from lvrpo.data.jsonl import picture_path
 from lvrpo.errors import InputError
-
-if TYPE_CHECKING:
-    from lvrpo.policies.base import Policy
-    from lvrpo.types import Group, Part, Prompt
-
+from lvrpo.pictures import load_image, middle_square, png
+from lvrpo.policies.base import Policy, check_text
+from lvrpo.policies.loading import load_policy, stored_image_size
+from lvrpo.reading import read_lines
+from lvrpo.sampling import derive_seed
+from lvrpo.types import Group, Part, Prompt
 
 MOST_CHARACTERS = 1_000_000
 """Limit of a text on the command line; a model's own limit is lower and in tokens."""
@@ -39,64 +28,9 @@ CHUNK = 64
 """Prompts sampled at once."""
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".yaml", ".yml")
 """Suffixes of files whose lines are no prompts."""
-RENORMS = ("none", "global", "channel", "channel_match", "text_channel")
-
-
-def _drawing_options(parser: Parser) -> None:
-    add_seed(parser)
-    add_force(parser)
-    group = parser.group("sampling (default: the model's own settings)")
-    group.add_argument("--num-steps", type=num_steps, metavar="N", help="sampling steps per image")
-    group.add_argument(
-        "--guidance", type=guidance, metavar="X", help="classifier-free guidance scale of the text (1: no guidance)"
-    )
-    group.add_argument(
-        "--guidance-interval",
-        type=share,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide only where LOW < t <= HIGH; t runs from 1 (noise) to 0 (image)",
-    )
-    group.add_argument(
-        "--renorm",
-        choices=RENORMS,
-        help="rescale the guided velocity to the norm of the conditional one: per image (global), else per token",
-    )
-    group.add_argument(
-        "--renorm-min", type=share, metavar="X", help="lower bound of that rescaling, from 0 to 1 (1: no rescaling)"
-    )
-    _thinking_options(parser)
-    add_threads(parser)
-
-
-def _thinking_options(parser: Parser) -> None:
-    group = parser.group("sampling (default: the model's own settings)")
-    group.add_argument("--think", action="store_true", help="let the model write its reasoning first")
-    group.add_argument("--max-new-tokens", type=max_new_tokens, metavar="N", help="maximum length of a text, in tokens")
-
-
-def _generate_options(parser: Parser) -> None:
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to generate")
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl rows with 'prompt'"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where to write 00000.png ... and index.jsonl"
-    )
-    parser.add_argument("--count", type=up_to(10_000), default=1, metavar="N", help="images per prompt (default: 1)")
-    parser.add_argument(
-        "--size", type=picture_size, metavar="WxH", help="image size in pixels (default: the model's own)"
-    )
-    _drawing_options(parser)
 
 
 def generate(options: Options) -> None:
-    from lvrpo.commands.inputs import write_file
-    from lvrpo.pictures import png
-    from lvrpo.reading import read_lines
-
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
     if options.prompt is not None:
@@ -130,8 +64,6 @@ def generate(options: Options) -> None:
 
 def _generation_prompts(table: Path) -> list[str]:
     """The texts of a file in the one format of rows."""
-    from lvrpo.commands.inputs import checked_row, read_rows
-
     texts = []
     for where, found in read_rows(table):
         row = checked_row(found, "generate", where)
@@ -143,30 +75,7 @@ def _generation_prompts(table: Path) -> list[str]:
     return texts
 
 
-def _ask_options(parser: Parser) -> None:
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument("question", metavar="QUESTION", nargs="?", help="a question about --image")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="the image that QUESTION is about")
-    parser.add_argument(
-        "--questions",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="many questions: rows with 'images' and 'prompt', in the format of training rows",
-    )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="the folder of the images of FILE.jsonl (default: its own)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers here (default: standard output)")
-    add_force(parser)
-    _thinking_options(parser)
-    add_threads(parser)
-
-
 def ask(options: Options) -> None:
-    from lvrpo.commands.inputs import fitting_image, write_file
-    from lvrpo.policies.loading import stored_image_size
-
     image, question, table = options.image, options.question, options.questions
     single = image is not None and question is not None
     if single == (table is not None) or (image is None) != (question is None):
@@ -213,8 +122,6 @@ class QuestionRow:
 
     def require_readable(self, policy: Policy) -> None:
         """Raises InputError, with file and line, where the policy cannot read the question."""
-        from lvrpo.policies.base import check_text
-
         try:
             check_text(policy, str(self.parts[-1]))
         except InputError as error:
@@ -223,10 +130,6 @@ class QuestionRow:
 
 def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
     """Reads rows; resizes their pictures to the model's size, with one message."""
-    from lvrpo.commands.inputs import checked_row, read_rows
-    from lvrpo.data.jsonl import picture_path
-    from lvrpo.pictures import load_image, middle_square
-
     found, odd = [], []
     for where, row in read_rows(table):
         parsed = checked_row(row, "understand", where)
@@ -244,22 +147,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
     return found
 
 
-def _edit_options(parser: Parser) -> None:
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument("instruction", metavar="INSTRUCTION", help="how to change the image")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the image to edit")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the result, a PNG")
-    _drawing_options(parser)
-    parser.group("sampling (default: the model's own settings)").add_argument(
-        "--image-guidance", type=guidance, metavar="X", help="classifier-free guidance scale of the image (1: none)"
-    )
-
-
 def edit(options: Options) -> None:
-    from lvrpo.commands.inputs import fitting_image, require_png, write_file
-    from lvrpo.pictures import png
-
     require_png(options.out)
     refuse_existing([options.out], options.force)
     policy = load(options)
@@ -273,10 +161,6 @@ def edit(options: Options) -> None:
 
 def load(options: Options) -> Policy:
     """The policy, on its device; before that, what no policy can do is refused."""
-    import torch
-
-    from lvrpo.policies.loading import load_policy
-
     low, high = vars(options).get("guidance_interval") or (0.0, 1.0)
     if low >= high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: guides no step: write LOW < HIGH, or --guidance 1")
@@ -286,8 +170,6 @@ def load(options: Options) -> Policy:
 
 def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prompt:
     """A prompt of the command line. Any: the literals of ``Prompt``."""
-    from lvrpo.types import Prompt
-
     for part in parts:
         if isinstance(part, str) and any(unicodedata.category(character) == "Cs" for character in part):
             raise InputError(f"the text {part!a} is not UTF-8: use a UTF-8 locale, such as LANG=C.UTF-8")
@@ -307,10 +189,6 @@ def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Op
 
 def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1, task: Any = None) -> list[Group]:
     """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a task, by default the prompts'."""
-    from dataclasses import replace
-
-    from lvrpo.sampling import derive_seed
-
     drawing = prompts[0].output[-1] == "image"
     names = {
         "guidance": "guidance_scale",
@@ -332,27 +210,3 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
         chunk = prompts[start : start + CHUNK]
         groups += policy.sample(chunk, sampling, [derive_seed(seed, p.id) for p in chunk])
     return groups
-
-
-GENERATE = Command(
-    "generate images from text",
-    _generate_options,
-    generate,
-    "examples:\n"
-    '  lvrpo generate tiny --prompt "two red circles" --count 8 --out drawings\n'
-    "  lvrpo generate runs/quickstart --prompts prompts.txt --out drawings",
-)
-ASK = Command(
-    "answer questions about images",
-    _ask_options,
-    ask,
-    "examples:\n"
-    '  lvrpo ask tiny --image drawings/00000.png "what color is the circle?"\n'
-    "  lvrpo ask runs/quickstart --questions questions.jsonl --out answers.jsonl",
-)
-EDIT = Command(
-    "edit an image by an instruction",
-    _edit_options,
-    edit,
-    'examples:\n  lvrpo edit tiny --image drawings/00000.png "remove the circle" --out edited.png',
-)

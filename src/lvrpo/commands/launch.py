@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from lvrpo.commands.options import Command, Options, Parser, positive, whole
-from lvrpo.commands.train import check_keys, refuse_out, train_options
+from lvrpo.commands.train_options import check_keys, refuse_out, train_options
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
@@ -370,7 +370,7 @@ def train_arguments(options: Options, allowed: Iterable[str]) -> list[str]:
 RAY = Command(
     "train a policy on a Ray cluster, restarting from the last checkpoint when a worker dies",
     options,
-    run,
+    "lvrpo.commands.launch:run",
     "examples:\n"
     "  lvrpo launch ray quickstart --workers 2 --out runs/shared\n\n"
     "CONFIG, the run directory and the working directory must be on a file system that all nodes share.",

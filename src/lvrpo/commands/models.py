@@ -5,54 +5,30 @@ from __future__ import annotations
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
+import torch
+from pydantic import ValidationError
+
+from lvrpo.commands.inputs import new_model_folder, require_new
+from lvrpo.commands.options import Options
+from lvrpo.commands.progress import Progress
+from lvrpo.commands.train_options import KINDS, TILED, RandomModel
+from lvrpo.config import load_config
+from lvrpo.data.scenes import VOCABULARY, ScenePrompts, ScenesConfig, crowded
+from lvrpo.data.scenes.verifier import Reading, read
 from lvrpo.errors import InputError, nearest
+from lvrpo.policies.adapter import AdaptablePolicy, merge
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel, train_autoencoder
+from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
+from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
+from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
+from lvrpo.policies.janus.policy import JanusPolicy
+from lvrpo.policies.loading import load_policy, pick_device
+from lvrpo.policies.magvit.policy import MagvitPolicy
+from lvrpo.policies.tile_codebook import TileCodebook
+from lvrpo.types import Image
 
-if TYPE_CHECKING:
-    import torch
-
-    from lvrpo.data.scenes.verifier import Reading
-    from lvrpo.policies.adapter import AdaptablePolicy
-    from lvrpo.policies.bagel.policy import BagelPolicy
-    from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
-    from lvrpo.policies.janus.policy import JanusPolicy
-    from lvrpo.policies.magvit.policy import MagvitPolicy
-    from lvrpo.types import Image
-
-
-class RandomModel(NamedTuple):
-    """A random model that ``lvrpo init`` makes."""
-
-    name: str
-    """Name in messages."""
-    sizes: str
-    """The class of its sizes, whose keys ``docs/make_keys.py`` describes."""
-    package: str = ""
-    """Package of ``lvrpo.policies`` whose module ``create`` has that class; empty: it is made by a function below."""
-    create: str = ""
-    """Name of the function there that makes the policy."""
-
-
-KINDS = {
-    "bagel-tiny": RandomModel("BAGEL", "BagelSizes"),
-    "janus-tiny": RandomModel("Janus", "JanusSizes", "janus", "create_janus"),
-    "emu3-tiny": RandomModel("Emu3", "Emu3Sizes", "emu3", "create_emu3"),
-    "showo-tiny": RandomModel("Show-o", "ShowoSizes", "showo", "create_showo"),
-    "mmada-tiny": RandomModel("MMaDA", "MmadaSizes", "mmada", "create_mmada"),
-    "showo2-tiny": RandomModel("Show-o2", "RandomShowo2", "showo2", "create_showo2"),
-    "sd3-tiny": RandomModel("Stable Diffusion 3", "PipelineSizes"),
-    "flux-tiny": RandomModel("FLUX", "PipelineSizes"),
-    "kontext-tiny": RandomModel("FLUX Kontext", "PipelineSizes"),
-    "qwen-image-tiny": RandomModel("Qwen-Image", "PipelineSizes"),
-    "qwen-image-edit-tiny": RandomModel("Qwen-Image-Edit", "PipelineSizes"),
-    "z-image-tiny": RandomModel("Z-Image", "PipelineSizes"),
-}
-"""Models by the name that ``lvrpo init`` takes."""
 PIPELINES = tuple(kind for kind, made in KINDS.items() if made.sizes == "PipelineSizes")
-TILED = ("janus-tiny", "showo-tiny", "mmada-tiny")
-"""Models that take a tile codebook."""
 CROWDED = 2000
 """Pictures that a tile codebook is learned from."""
 MEASURED = 1000
@@ -61,46 +37,7 @@ KEPT_BYTES = 256 << 20
 """Size limit of the cache of rendered pictures: all of them at 32 x 32; beyond it, pictures are rendered again."""
 
 
-def init_options(parser: Parser) -> None:
-    parser.add_argument("kind", metavar="KIND", help=f"one of {', '.join(KINDS)}")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="sizes, such as width=256 depth=6 seed=1")
-    parser.add_argument(
-        "--train-autoencoder",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="train the autoencoder on built-in images for STEPS steps (default: 0: it stays random)",
-    )
-    parser.add_argument(
-        "--autoencoder-batch",
-        type=int,
-        default=8,
-        metavar="N",
-        help="images per step of --train-autoencoder (default: 8)",
-    )
-    parser.add_argument(
-        "--tile-codebook",
-        action="store_true",
-        help=f"{', '.join(TILED)} only: use tiles of the built-in images as image tokens, without an autoencoder",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="where to train the autoencoder: auto, cpu or cuda (default: auto)"
-    )
-
-
-def check_sizes(options: Options) -> None:
-    from lvrpo.commands.keys import key_class
-    from lvrpo.config import require_known_keys
-
-    if options.kind in KINDS:
-        require_known_keys(key_class(KINDS[options.kind].sizes), None, options.overrides)
-
-
 def init(options: Options) -> None:
-    from lvrpo.commands.inputs import new_model_folder, require_new
-    from lvrpo.policies.loading import pick_device
-
     if options.kind not in KINDS:
         near, known = nearest(options.kind, KINDS), ", ".join(KINDS)
         raise InputError(f"kind {options.kind!r}: unknown: {f'did you mean {near}?' if near else f'use {known}'}")
@@ -126,11 +63,6 @@ def init(options: Options) -> None:
 
 def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
     """A BAGEL with random weights; its autoencoder is trained if the options ask for it."""
-    from lvrpo.config import load_config
-    from lvrpo.data.scenes import VOCABULARY
-    from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-    from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
-
     sizes = load_config(BagelSizes, None, options.overrides)
     policy = create_bagel(sizes, [" ".join(VOCABULARY), THINK_THEN_DRAW, THINK_THEN_ANSWER])
     if options.train_autoencoder:
@@ -141,9 +73,6 @@ def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
 
 def fresh_policy(made: RandomModel, options: Options) -> AdaptablePolicy:
     """Makes a policy of the table; its autoencoder is random, or replaced by tiles if the options ask for it."""
-    from lvrpo.config import load_config
-    from lvrpo.data.scenes import VOCABULARY
-
     refuse_autoencoder(options)
     module = import_module(f"lvrpo.policies.{made.package}.create")
     sizes = load_config(getattr(module, made.sizes), None, options.overrides)  # both names are of the table
@@ -155,10 +84,6 @@ def fresh_policy(made: RandomModel, options: Options) -> AdaptablePolicy:
 
 def fresh_pipeline(options: Options, folder: Path) -> DiffusersPolicy:
     """Written to the folder, and read from there."""
-    from lvrpo.config import load_config
-    from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
-    from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
-
     refuse_autoencoder(options)
     sizes = load_config(PipelineSizes, None, options.overrides)
     create_pipeline(options.kind, sizes, folder)
@@ -173,13 +98,6 @@ def refuse_autoencoder(options: Options) -> None:
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:
     """Trains the autoencoder on pictures of the train split, and prints its reconstruction quality."""
-    from pydantic import ValidationError
-
-    from lvrpo.commands.progress import Progress
-    from lvrpo.data.scenes import ScenePrompts, ScenesConfig
-    from lvrpo.data.scenes.verifier import read
-    from lvrpo.policies.bagel.create import train_autoencoder
-
     try:
         source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "train", 0)
     except ValidationError:
@@ -220,11 +138,6 @@ def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
 
     Embeddings of a Janus's image tokens start as the principal components of the tiles.
     """
-    from lvrpo.data.scenes import ScenePrompts, ScenesConfig, crowded
-    from lvrpo.data.scenes.verifier import read
-    from lvrpo.policies.janus.policy import JanusPolicy
-    from lvrpo.policies.tile_codebook import TileCodebook
-
     if size % 8 or not 32 <= size <= 256:
         raise InputError(
             f"image_size={size}: scenes have multiples of 8 from 32 to 256: use one, or leave --tile-codebook out"
@@ -258,28 +171,7 @@ def seen_objects(reading: Reading) -> tuple[object, ...]:
     return (reading.ground, reading.unreadable, *((o.shape, o.color, o.row, o.col) for o in reading.objects))
 
 
-INIT = Command(
-    "create a randomly initialized model of a known architecture",
-    init_options,
-    init,
-    "examples:\n"
-    "  lvrpo init janus-tiny models/janus width=64 depth=2 image_size=32\n"
-    "  lvrpo init bagel-tiny models/bagel width=256 depth=6 image_size=64 --train-autoencoder 400",
-    check_sizes,
-)
-
-
-def export_options(parser: Parser) -> None:
-    add_model(parser)
-    add_base(parser)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
-
-
 def export(options: Options) -> None:
-    from lvrpo.commands.inputs import new_model_folder, require_new
-    from lvrpo.policies.adapter import AdaptablePolicy, merge
-    from lvrpo.policies.loading import load_policy
-
     folder: Path = options.folder
     require_new(folder)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
@@ -289,12 +181,3 @@ def export(options: Options) -> None:
     with new_model_folder(folder) as part:
         policy.save(part)
     print(f"{folder}: {options.model}{', its adapter merged' if merged else ''}")
-
-
-EXPORT = Command(
-    "write a complete model folder, merging an adapter into its base",
-    export_options,
-    export,
-    "examples:\n  lvrpo export runs/bagel_lvrpo_lora models/aligned --dtype bfloat16",
-)
-"""``lvrpo export``."""

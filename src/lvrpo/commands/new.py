@@ -92,7 +92,7 @@ def _new_reward(options: Options) -> None:
 NEW_REWARD = Command(
     "write a template of a reward function, with its test",
     _new_reward_options,
-    _new_reward,
+    "lvrpo.commands.new:_new_reward",
     "examples:\n"
     "  lvrpo new reward brightness && python -m pytest test_brightness.py\n"
     "  lvrpo new reward politeness --output text",
@@ -140,7 +140,7 @@ class _Completed(Parser):
 COMPLETION = Command(
     "print a completion script for your shell",
     _completion_options,
-    completion,
+    "lvrpo.commands.new:completion",
     'examples:\n  eval "$(lvrpo completion bash)"',
 )
 """``lvrpo completion``."""

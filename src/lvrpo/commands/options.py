@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,10 +90,16 @@ class Command:
 
     summary: str
     options: Callable[[Parser], object]
-    run: Callable[[Options], None]
+    run: str
+    """The function that runs it, as module:name; imported when it does."""
     details: str = ""
     check: Callable[[Options], object] = lambda options: None
-    """Raises InputError for wrong input that is found without torch and the training code; called before ``run``."""
+    """Raises InputError for wrong input that is found without torch and the training code; called before ``start``."""
+
+    def start(self, options: Options) -> None:
+        """Runs the command."""
+        module, _, name = self.run.partition(":")
+        getattr(importlib.import_module(module), name)(options)  # a function of the module
 
 
 def up_to(most: int, least: int = 1) -> Callable[[str], int]:

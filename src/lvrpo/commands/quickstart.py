@@ -6,24 +6,21 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, positive, whole
+from lvrpo.commands.inputs import read_config
+from lvrpo.commands.options import Options
+from lvrpo.commands.progress import Progress, print_tables, summary_tables
+from lvrpo.commands.train import require_well
+from lvrpo.commands.train_options import train_overrides
 from lvrpo.errors import InputError
+from lvrpo.evaluation.experiment import Experiment, Plan
+from lvrpo.policies.loading import START
+from lvrpo.reading import unused_path
+from lvrpo.training.base_trainer import Interrupted
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from lvrpo.evaluation.experiment import Plan
-    from lvrpo.training.config import TrainConfig
-
-QUICK = (
-    "data.prompts_per_step={generate: 4, understand: 8, edit: 2, reason: 4}",
-    "validation.prompts={generate: 7, understand: 12, edit: 5, reason: 6}",
-    "validation.every=2",
-    "samples_every=2",
-    "reference_eval_every=2",
-    "checkpoint_every=2",
-)
-QUICK_STEPS = 4
 SIZES = {
     "generate": 700,
     "generate_guided": 700,
@@ -53,38 +50,7 @@ QUICK_BASELINE = (
 )
 
 
-def options(parser: Parser) -> None:
-    parser.add_argument(
-        "--config", default="quickstart", metavar="CONFIG", help="the training configuration (default: quickstart)"
-    )
-    parser.add_argument("--seed", type=whole, metavar="N", help="random seed (default: that of CONFIG)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="training steps; the baseline scales with them")
-    parser.add_argument("--policy", metavar="MODEL", help="the model to train (default: that of CONFIG)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run directory (default: the next free one in runs/)"
-    )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted quickstart")
-    parser.add_argument("--no-baseline", action="store_true", help="skip the supervised baseline")
-    parser.add_argument("--quick", action="store_true", help="smoke test: a few small steps; its numbers mean nothing")
-
-
-def _check_keys(options: Options) -> None:
-    from lvrpo.commands.keys import known_config
-
-    if options.resume is None:
-        known_config("TrainConfig", options.config, _train_overrides(options))
-
-
 def run(options: Options) -> None:
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.commands.progress import Progress, print_tables, summary_tables
-    from lvrpo.commands.train import require_well
-    from lvrpo.evaluation.experiment import Experiment
-    from lvrpo.reading import unused_path
-    from lvrpo.training.base_trainer import Interrupted
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.trainer import Trainer
-
     started = time.monotonic()
     if options.resume is not None:
         given = [f"--{name}" for name in ("seed", "steps", "policy", "out") if getattr(options, name) is not None]
@@ -92,7 +58,7 @@ def run(options: Options) -> None:
             raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
         trainer = Trainer.resume(options.resume)
     else:
-        config = read_config(TrainConfig, options.config, _train_overrides(options))
+        config = read_config(TrainConfig, options.config, train_overrides(options))
         folder = options.out or unused_path(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
@@ -115,24 +81,8 @@ def run(options: Options) -> None:
     require_well(run.path, summary)
 
 
-def _train_overrides(options: Options) -> list[str]:
-    """Overrides of the training configuration that follow from the options."""
-    overrides = [*QUICK, f"steps={QUICK_STEPS}"] if options.quick else []
-    for name in ("seed", "steps", "policy"):
-        value = getattr(options, name)  # the options of these names
-        if value is not None:
-            overrides.append(f"{name}={value}")
-    return overrides
-
-
 def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
     """The evaluations, and the baseline, which starts from the same base with the run's seed."""
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.evaluation.experiment import Plan
-    from lvrpo.policies.loading import START
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.pretrain import PretrainConfig
-
     baseline = None
     if not options.no_baseline:
         standard = read_config(TrainConfig, options.config, []).steps
@@ -170,14 +120,3 @@ def _closing_message(run: Path, summary: dict, seconds: float) -> str:
             "  lvrpo train quickstart seed=1 --out runs/other && lvrpo compare " + f"{run} runs/other",
         ]
     )
-
-
-QUICKSTART = Command(
-    "evaluate the built-in tiny model, train it, evaluate it again, write a report",
-    options,
-    run,
-    "examples:\n"
-    "  lvrpo quickstart --quick                      # half a minute, to see that everything works\n"
-    "  lvrpo quickstart --seed 1 --out runs/seed1    # minutes on two cores",
-    _check_keys,
-)

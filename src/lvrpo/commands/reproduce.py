@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_device, names, whole
+from lvrpo.atomic_io import write_atomic
+from lvrpo.commands.keys import find_config
+from lvrpo.commands.options import Options
 from lvrpo.errors import ContractError, InputError, nearest
-
-if TYPE_CHECKING:
-    from lvrpo.evaluation.reproduce.plan import Experiment, Job
-    from lvrpo.evaluation.reproduce.runner import Runner
+from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, load_experiment
+from lvrpo.evaluation.reproduce.runner import Runner
+from lvrpo.report.evidence import Evidence
+from lvrpo.report.evidence_page import evidence_page
 
 NOT_EVIDENCE = "a smoke test, not evidence: too few seeds, steps and prompts for a conclusion"
 
 
-def seeds(text: str) -> list[int]:
-    """Whole numbers with commas between them."""
-    return [whole(each.strip()) for each in text.split(",")]
-
-
-def options(parser: Parser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="scenes, or a YAML file of the same form")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run directories (default: runs/reproduce/EXPERIMENT)"
-    )
-    parser.add_argument("--rows", type=names, metavar="NAME[,NAME]", help="rows of the table to run (default: all)")
-    parser.add_argument("--seeds", type=seeds, metavar="N[,N]", help="seeds to run (default: all)")
-    parser.add_argument("--quick", action="store_true", help="smoke test: some rows, one seed, few steps")
-    parser.add_argument("--table", action="store_true", help="only write the results page from the existing summaries")
-    parser.add_argument("--list", action="store_true", help="only list the remaining jobs")
-    parser.add_argument(
-        "--summaries",
-        type=Path,
-        metavar="DIR",
-        help="folder for one summary file per run, with the page DIR.md beside it (default: docs/results/EXPERIMENT in "
-        "a checkout)",
-    )
-    add_device(parser)
-
-
 def run(options: Options) -> None:
-    from lvrpo.commands.keys import find_config
-    from lvrpo.evaluation.reproduce.plan import Recipes, load_experiment
-    from lvrpo.evaluation.reproduce.runner import Runner
-
     experiment = load_experiment(_find_experiment(options.experiment, options.quick))
     out = options.out or Path("runs") / "reproduce" / experiment.name
     summaries = options.summaries or _default_summaries(experiment, out)
@@ -87,10 +60,6 @@ def _run_jobs(runner: Runner, jobs: Sequence[Job]) -> list[str]:
 
 def write_page(experiment: Experiment, summaries: Path) -> None:
     """Writes the results page beside the summaries, from which alone it is computed."""
-    from lvrpo.atomic_io import write_atomic
-    from lvrpo.report.evidence import Evidence
-    from lvrpo.report.evidence_page import evidence_page
-
     page = summaries.with_suffix(".md")
     text = evidence_page(experiment.table(), Evidence.read(summaries))
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +86,6 @@ def _find_experiment(name: str, quick: bool) -> Path:
 
 def shipped_experiments() -> dict[str, Path]:
     """The built-in experiments, by name."""
-    from importlib import resources
-
     folder = Path(str(resources.files("lvrpo"))) / "configs" / "reproduce"
     return {path.stem: path for path in sorted(folder.glob("*.yaml")) if not path.stem.endswith("_quick")}
 
@@ -131,14 +98,3 @@ def _default_summaries(experiment: Experiment, out: Path) -> Path:
 
 def log(line: str) -> None:
     print(f"  {line}", flush=True)
-
-
-REPRODUCE = Command(
-    "rerun the published experiment job by job, and write its table",
-    options,
-    run,
-    "examples:\n"
-    "  lvrpo reproduce scenes --quick                          # a smoke test, about 20 minutes\n"
-    "  lvrpo reproduce scenes                                  # a day or more; repeat the command to resume\n"
-    "  lvrpo reproduce scenes --rows lvrpo,best_of --seeds 0,1",
-)

@@ -2,63 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, add_timeout, gibibytes, names
+import torch
+
+from lvrpo.commands.inputs import read_config
+from lvrpo.commands.options import Options
+from lvrpo.commands.progress import Progress, clock, print_tables, summary_tables
+from lvrpo.commands.train_options import refuse_out
+from lvrpo.config import dump_config
+from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError, UnhealthyRunError
+from lvrpo.evaluation.experiment import Experiment, Plan, held_out_plan, warn_without_test
+from lvrpo.evaluation.suite import find_benchmarks
+from lvrpo.policies.loading import FINAL, pick_device, policy_folder
 from lvrpo.reading import path_exists
-
-if TYPE_CHECKING:
-    from lvrpo.evaluation.experiment import Plan
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.memory import MemoryEstimate
-    from lvrpo.training.pretrain import Pretrainer
-    from lvrpo.training.trainer import Trainer
-
-
-def train_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument(
-        "--benchmark",
-        type=names,
-        default=[],
-        metavar="NAME[,NAME]",
-        help="what to measure before and after (default: scenes, or data.jsonl.test)",
-    )
-    parser.add_argument("--no-evaluate", action="store_true", help="train only, measure nothing")
-    add_timeout(parser)
-    add_base(parser)
-
-
-def _pretrain_options(parser: Parser) -> None:
-    _run_options(parser, "lvrpo.training.pretrain:PretrainConfig")
-
-
-def _run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
-    add_config(parser, cls)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; CONFIG is then optional")
-
-
-def check_keys(cls: str = "TrainConfig") -> Callable[[Options], None]:
-    """The check of CONFIG and its keys, which a resumed run may leave out."""
-
-    def check(options: Options) -> None:
-        from lvrpo.commands.keys import known_config
-
-        if getattr(options, "resume", None) is None:  # lvrpo check has no such option
-            known_config(cls, options.config, options.overrides)
-
-    return check
+from lvrpo.report import build_report
+from lvrpo.training.base_trainer import InterruptHandler, print_stopping
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.dry_run import dry_run, memory_needed
+from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, require_free_bytes, require_memory
+from lvrpo.training.preflight import require
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.setup import estimate_run_memory
+from lvrpo.training.sources import open_parts
+from lvrpo.training.splits import require_unseen
+from lvrpo.training.trainer import Trainer
 
 
 def train(options: Options) -> None:
-    from lvrpo.commands.progress import Progress, print_tables, summary_tables
-    from lvrpo.distributed import is_main
-    from lvrpo.evaluation.experiment import Experiment
-
     trainer, plan = _open_trainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
@@ -87,9 +62,6 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
 
 def _open_trainer(options: Options) -> tuple[Trainer, Plan]:
     """A new or resumed run, and its evaluations."""
-    from lvrpo.evaluation.experiment import warn_without_test
-    from lvrpo.evaluation.suite import find_benchmarks
-
     find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
     trainer, plan = _resume_run(options) if options.resume is not None else start_run(options)
     if not options.benchmark and not options.no_evaluate:
@@ -98,20 +70,12 @@ def _open_trainer(options: Options) -> tuple[Trainer, Plan]:
 
 
 def _resume_run(options: Options) -> tuple[Trainer, Plan]:
-    from lvrpo.training.trainer import Trainer
-
     refuse_out(options)
     trainer = Trainer.resume(options.resume, resumed_config(options), options.base)
     return trainer, _evaluation_plan(options, trainer.config)
 
 
 def start_run(options: Options) -> tuple[Trainer, Plan]:
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.distributed import relay_errors
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.splits import require_unseen
-    from lvrpo.training.trainer import Trainer
-
     if options.base is not None:
         raise InputError(f"--base {options.base}: is for a resumed run: a new run starts from policy={options.base}")
     with relay_errors():
@@ -123,17 +87,11 @@ def start_run(options: Options) -> tuple[Trainer, Plan]:
 
 def _evaluation_plan(options: Options, config: TrainConfig) -> Plan:
     """The evaluations before and after training."""
-    from lvrpo.evaluation.experiment import Plan, held_out_plan
-
     return Plan(()) if options.no_evaluate else held_out_plan(config, options.benchmark)
 
 
 def resumed_config(options: Options) -> TrainConfig | None:
     """The requested configuration of a resumed run: CONFIG, or the run's own with changes, or None."""
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run_directory import RunDirectory
-
     if options.config is None:
         return None
     if "=" in options.config and not Path(options.config).is_file():
@@ -141,16 +99,7 @@ def resumed_config(options: Options) -> TrainConfig | None:
     return read_config(TrainConfig, options.config, options.overrides)
 
 
-def refuse_out(options: Options) -> None:
-    if options.out is not None:
-        raise InputError(f"--out {options.out}: a resumed run stays where it is: leave --out away")
-
-
 def pretrain(options: Options) -> None:
-    from lvrpo.commands.progress import Progress
-    from lvrpo.report import build_report
-    from lvrpo.training.base_trainer import InterruptHandler, print_stopping
-
     trainer = _open_pretrainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps) as watch:
@@ -163,10 +112,6 @@ def pretrain(options: Options) -> None:
 
 def _open_pretrainer(options: Options) -> Pretrainer:
     """A new or resumed supervised run."""
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.policies.loading import FINAL
-    from lvrpo.training.pretrain import PretrainConfig, Pretrainer
-
     if options.resume is not None:
         config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
         refuse_out(options)
@@ -177,51 +122,7 @@ def _open_pretrainer(options: Options) -> Pretrainer:
     return Pretrainer.start(config, options.out or Path("runs") / config.name)
 
 
-TRAIN = Command(
-    "train a policy with group-relative RL",
-    train_options,
-    train,
-    "examples:\n"
-    "  lvrpo train quickstart seed=1 steps=80 --out runs/short\n"
-    "  lvrpo train --resume runs/short                  # continues an interrupted run\n"
-    "  lvrpo train --resume runs/short steps=160        # makes a finished run longer\n"
-    "  lvrpo train quickstart --config-help kl_coef     # what a setting does\n"
-    "  torchrun --nproc-per-node 8 -m lvrpo train quickstart    # eight GPUs",
-    check_keys(),
-)
-PRETRAIN = Command(
-    "train a policy with supervised losses",
-    _pretrain_options,
-    pretrain,
-    "examples:\n"
-    "  lvrpo pretrain pretrain name=my-base steps=2000    # how the tiny base was made\n"
-    "  lvrpo pretrain continued --out runs/baseline       # the baseline of the quickstart",
-    check_keys("PretrainConfig"),
-)
-
-
-def check_options(parser: Parser) -> None:
-    add_config(parser)
-    parser.add_argument(
-        "--card",
-        type=gibibytes,
-        metavar="GIB",
-        help="only estimate whether the run fits a GPU with GIB GiB free; needs neither the GPU nor the weights",
-    )
-
-
 def check(options: Options) -> None:
-    from lvrpo.commands.inputs import read_config
-    from lvrpo.commands.progress import clock
-    from lvrpo.config import dump_config
-    from lvrpo.policies.loading import pick_device, policy_folder
-    from lvrpo.training.config import TrainConfig
-    from lvrpo.training.dry_run import dry_run
-    from lvrpo.training.memory import NotEstimatedError, require_memory
-    from lvrpo.training.preflight import require
-    from lvrpo.training.setup import estimate_run_memory
-    from lvrpo.training.sources import open_parts
-
     config = read_config(TrainConfig, options.config, options.overrides)
     if options.card is not None:
         _check_gpu_memory(config, options.card)
@@ -261,26 +162,9 @@ def _print_memory(memory: MemoryEstimate) -> None:
 
 def _check_gpu_memory(config: TrainConfig, gib: float) -> None:
     """The memory of a run on a card that need not be there; raises InputError where it does not fit."""
-    import torch
-
-    from lvrpo.training.dry_run import memory_needed
-    from lvrpo.training.memory import require_free_bytes
-
     if config.device == "cpu":
         raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
     memory = memory_needed(config, torch.device("cuda"))
     _print_memory(memory)
     require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")
-
-
-CHECK = Command(
-    "check a configuration: load data and model, run the step-0 checks, estimate time and memory",
-    check_options,
-    check,
-    "examples:\n"
-    "  lvrpo check quickstart rollout.group_size=4\n"
-    "  lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n\n"
-    "To fetch only what --card needs: hf download ID --include '*.json' '*.txt' '*.jinja' --local-dir FOLDER",
-    check_keys(),
-)
