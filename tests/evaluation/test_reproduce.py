@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, list_jobs,
 from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
 from lvrpo.policies.loading import load_policy
+from lvrpo.records import from_json
 from lvrpo.report.evidence import Evidence
 from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
@@ -181,7 +182,7 @@ def test_a_run_costs_what_its_parts_do() -> None:
     assert cost.total(8).flops == 1 + 80 + 3 * (1 + 2) + 2 * 2
     assert cost.steps_within(Compute(cost.total(8).flops)) == 8
     assert cost.steps_within(Compute(cost.total(8).flops - 1)) == 7
-    assert RunCost.from_dict(json.loads(json.dumps(cost.as_dict()))) == cost
+    assert from_json(RunCost, json.loads(json.dumps(asdict(cost))), "costs") == cost
     with pytest.raises(InputError, match="one step takes"):
         cost.steps_within(one)
 

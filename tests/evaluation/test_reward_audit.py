@@ -19,12 +19,12 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.reward_audit import (
     audit_rewards,
     by_step,
-    win_rates,
     write_audit,
 )
 from lvrpo.evaluation.reward_ranking import AdvantageSettings, Groups, RecordedRun, read_recorded_run, split_windows
 from lvrpo.report.audit import audit_section, read_audit
 from lvrpo.report.formatting import NONE, share
+from lvrpo.training.advantages import win_rates
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout_log import RolloutRecord
 from lvrpo.training.run_directory import RunDirectory

@@ -23,7 +23,6 @@ from pydantic.fields import FieldInfo
 from lvrpo.config import Config, default_kind, read_tree, require_known_keys, shipped_configs
 from lvrpo.config_errors import KIND
 from lvrpo.errors import InputError, nearest
-from lvrpo.types import TaskKind
 
 KEYS = Path(__file__).parent.parent / "assets" / "keys.json"
 """By class its ``hints`` and ``fields``. A field is null; the values of a ``kind``; or ``sections``: the names of the
@@ -186,6 +185,8 @@ def default_text(field: FieldInfo, inner: list[type[Config]]) -> str:
 
 def type_text(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     """A type in words: int >= 1, `a` or `b`, list of text."""
+    from lvrpo.types import TaskKind  # loads torch, which an unknown key is answered without
+
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(parts[0], parts[1:])

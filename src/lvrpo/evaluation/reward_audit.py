@@ -17,9 +17,7 @@ from lvrpo.algorithms import (
     group_correlation,
     group_relative_advantages,
     normalize_rewards,
-    signal_mask,
     variance_shares,
-    win_rate,
 )
 from lvrpo.audit_records import (
     Alarms,
@@ -47,11 +45,12 @@ from lvrpo.evaluation.reward_ranking import (
     split_windows,
 )
 from lvrpo.statistics import Interval, comparable, divergence, welch_difference
+from lvrpo.training.advantages import complete_members, win_rates
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    pass
 
 
 AUDIT = "audit.json"
@@ -96,6 +95,7 @@ def _audit_task(
     weight_shares = (weights**2 / (weights**2).sum(dim=1, keepdim=True)).nanmean(dim=0)
     configured = dict(zip(names, weight_shares.tolist(), strict=True))
     scorers, base = groups.scorers(), {} if controls is None else controls.scorers()
+    traits = groups.output_traits()
     weight_of = dict(zip(groups.names, groups.weights.mean(axis=0).tolist(), strict=True))
     audits = [
         ScorerAudit(
@@ -107,7 +107,7 @@ def _audit_task(
             other_share=others.get(name),
             missing=_missing(groups, name),
             **_constant(values, settings.std_floor)[0],
-            correlations=_correlations(name, groups),
+            correlations={n: _correlation(values, v) for n, v in {**scorers, **traits}.items() if n != name},
         )
         for name, values in scorers.items()
     ]
@@ -159,19 +159,6 @@ def _advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict
         name: by_step(groups.step, found.by_reward[:, k].numpy(), found.total.numpy()) for k, name in enumerate(names)
     }
     return shares, float(found.rest.sum() / total), float((found.total > 0).float().mean()), series
-
-
-def win_rates(
-    scores: Float[torch.Tensor, "N G K"], mask: Bool[torch.Tensor, "N G K"], std_floor: float
-) -> tuple[Float[torch.Tensor, "N G K"], Bool[torch.Tensor, "N G K"]]:
-    """Scores and mask with every score replaced by its win rate inside the group (``win_rate``)."""
-    rates = torch.empty_like(scores)
-    for k in range(scores.shape[2]):
-        score, valid = torch.where(mask[..., k], scores[..., k], 0.0), mask[..., k]
-        ahead = (score[:, :, None] - score[:, None, :]).sign()  # (N, G, G)
-        ahead = torch.where(signal_mask(score, valid, std_floor)[:, None, None], ahead, 0.0)
-        rates[..., k] = win_rate(0.5 + 0.5 * ahead, valid[:, :, None] & valid[:, None, :])
-    return rates, mask & rates.isfinite()
 
 
 def _other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
@@ -233,9 +220,7 @@ def write_audit(run: Path) -> RewardAudit:
 
 def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
     """The members that have an advantage: those with any score, or with all scores that apply to their group."""
-    any_score = mask.any(dim=2)
-    applies = mask.any(dim=1, keepdim=True)
-    return any_score if per_reward else any_score & (mask | ~applies).all(dim=2)
+    return mask.any(dim=2) if per_reward else complete_members(mask)
 
 
 def _auc_series(groups: Groups, names: Sequence[str]) -> Series:
@@ -268,12 +253,6 @@ def _constant(values: Array, std_floor: float) -> tuple[dict[str, float], Array]
         "all_worst": constant & varied & (mean <= low + edge),
     }
     return {name: float(x.mean()) for name, x in {"constant": constant, **ends}.items()}, group_means
-
-
-def _correlations(name: str, groups: Groups) -> dict[str, Correlation]:
-    scorers = groups.scorers()
-    others = {**{n: v for n, v in scorers.items() if n != name}, **groups.output_traits()}
-    return {other: _correlation(scorers[name], values) for other, values in others.items()}
 
 
 def _correlation(one: Array, other: Array) -> Correlation:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from lvrpo.distributed import gather_with_tensors, rank, world_size
-from lvrpo.errors import ContractError
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, require_method
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.self_vqa import Confidences, SelfVQA
-from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.sampling import derive_seed
 from lvrpo.training.memory import return_freed_memory
@@ -24,38 +21,6 @@ from lvrpo.types import Group, Image, Parts, Prompt
 
 CHUNK = 256
 """Outputs per sampling call."""
-
-
-@dataclass(frozen=True)
-class ScoredGroups:
-    """Sampled groups and their scores, prompt by prompt."""
-
-    prompts: tuple[Prompt, ...]
-    scores: tuple[float, ...]
-    """The mean over the samples of each prompt."""
-    groups: tuple[Group, ...]
-    """The sampled outputs."""
-    by_sample: tuple[tuple[float, ...], ...] = ()
-    """The score of every sample: 1 or 0 where the answer is verifiable, nan where scoring failed."""
-    reasons: Mapping[int, str] = field(default_factory=dict)
-    """Why a score is missing, by prompt."""
-
-    @property
-    def mean(self) -> float:
-        """Of the prompts with a score; raises ContractError where there is none."""
-        known = [score for score in self.scores if math.isfinite(score)]
-        if not known:
-            raise ContractError(
-                f"no output could be scored: {next(iter(self.reasons.values()), 'no score')}: correct it"
-            )
-        return sum(known) / len(known)
-
-    def by_category(self) -> Mapping[str, list[float]]:
-        """Scores per category, in order of first appearance."""
-        out: dict[str, list[float]] = {}
-        for prompt, score in zip(self.prompts, self.scores, strict=True):
-            out.setdefault(prompt.category, []).append(score)
-        return out
 
 
 def sample_prompts(
@@ -69,22 +34,6 @@ def sample_prompts(
         chunk = prompts[start : start + at_once]
         groups += policy.sample(chunk, several, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
     return groups
-
-
-def score_prompts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    seed: int,
-    samples: int = 1,
-    scorer: HeldOutScorer = SUCCESS_ONLY,
-    judge: Policy | None = None,
-) -> ScoredGroups:
-    """``sample_prompts``, each output scored; ``judge``: of the scorer's rewards."""
-    groups = sample_prompts(policy, prompts, sampling, seed, samples)
-    values, reasons = scorer.scores(groups, judge)
-    rows = tuple(tuple(row) for row in values)
-    return ScoredGroups(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), rows, reasons)
 
 
 CONFIRMED = 0.5

@@ -19,7 +19,7 @@ from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.items import Item, ItemFolder, ItemStore
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
-from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts, score_prompts
+from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts
 from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
 from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
@@ -380,19 +380,16 @@ def _scored_items(
 ) -> list[Item]:
     """Samples and scores ``count`` outputs of each prompt."""
     judge, reward = options.judge or policy, benchmark.reward
+    groups = sample_prompts(policy, prompts, sampling, seed, count)
     reasons: Mapping[int, str]
     if reward is None:
-        result = score_prompts(
-            policy, prompts, sampling, seed, count, options.scorer_of(benchmark), options.reward_judge
-        )
-        groups, rows, reasons = result.groups, result.by_sample, result.reasons
+        rows, reasons = options.scorer_of(benchmark).scores(groups, options.reward_judge)
     else:
-        groups = tuple(sample_prompts(policy, prompts, sampling, seed, count))
         scores = reward.score(groups, judge)
-        rows = tuple(
-            tuple(math.nan if (p, g) in scores.failures else value for g, value in enumerate(row))
+        rows = [
+            [math.nan if (p, g) in scores.failures else value for g, value in enumerate(row)]
             for p, row in enumerate(scores.values.tolist())
-        )
+        ]
         reasons = {p: why for (p, _), why in reversed([*scores.failures.items()])}
     # optional in anybody's class
     reads, judge_reads = ("read" in getattr(one, "judging_sides", SIDES) for one in (policy, judge))
@@ -401,7 +398,7 @@ def _scored_items(
     reads_back = reads and options.sampled_prompts and succeeds
     backs = read_back(groups, policy) if reads_back else [None] * len(groups)
     return [
-        Item(Group(group.prompt, group.trajectories[: benchmark.samples]), rows[p], judged[p], backs[p], reason)
+        Item(Group(group.prompt, group.trajectories[: benchmark.samples]), tuple(rows[p]), judged[p], backs[p], reason)
         for p, group in enumerate(groups)
         for reason in [reasons.get(p) or ("" if all(map(math.isfinite, rows[p])) else "no score")]
     ]

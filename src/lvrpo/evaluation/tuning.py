@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from lvrpo.errors import InputError
-from lvrpo.evaluation.scoring import score_prompts
+from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation.scoring import sample_prompts
 from lvrpo.evaluation.suite import SAMPLING, Benchmark, default_sampling
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
-from lvrpo.types import Prompt, TaskKind
+from lvrpo.rewards.success import SUCCESS_ONLY
+from lvrpo.types import Group, Prompt, TaskKind
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -128,12 +130,21 @@ def tune(
         for value in GUIDANCE_SCALES if draws else TEMPERATURES:
             candidate = replace(base[task], **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
             samples = 1 if draws or value == 0 else TEXT_SAMPLES
-            found[value] = score_prompts(policy, rows, candidate, seed, samples).mean
+            found[value] = mean_success(sample_prompts(policy, rows, candidate, seed, samples))
             progress(task, name, value, found[value])
         settings[task] = {name: max(found, key=lambda value: found[value])}
         grid[task] = {f"{value:g}": score for value, score in found.items()}
     keys = frozenset(content_key(prompt) for rows in prompts.values() for prompt in rows)
     return TunedSampling(judge_fingerprint(policy), settings, keys, grid)
+
+
+def mean_success(groups: Sequence[Group]) -> float:
+    """Of the prompts with a score; raises ContractError where there is none."""
+    rows, reasons = SUCCESS_ONLY.scores(groups, None)
+    known = [mean for row in rows if math.isfinite(mean := sum(row) / len(row))]
+    if not known:
+        raise ContractError(f"no output could be scored: {next(iter(reasons.values()), 'no score')}: correct it")
+    return sum(known) / len(known)
 
 
 def as_validation(benchmark: Benchmark) -> Benchmark:

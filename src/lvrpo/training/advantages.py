@@ -150,13 +150,14 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
         )
         return GroupAdvantages(values, table.mask.any(dim=2))
     if config.kind == "win_rate":
-        table, floor = win_rates(table, floor), 1e-6
+        rates, mask = win_rates(table.scores, table.mask, floor)
+        table, floor = replace(table, scores=rates.nan_to_num(), mask=mask), 1e-6
     scaled = table.scores
     if table.normalize:
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
         scaled = normalize_rewards(table.scores, table.mask, tasks, reward_normalizations(table), std_floor=floor)
     scores = torch.where(table.mask, scaled * table.weights, 0.0).sum(dim=2)
-    mask = complete_members(table)
+    mask = complete_members(table.mask)
     if config.joint is not None:
         scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
     return GroupAdvantages(_summed_advantages(scores, mask, table.tasks, config, floor), mask)
@@ -191,26 +192,26 @@ def reward_normalizations(table: RewardTable) -> list[NormalizeChoice | None]:
     return [cast("NormalizeChoice | None", table.normalize.get(name)) for name in table.names]
 
 
-def complete_members(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
+def complete_members(mask: Bool[torch.Tensor, "P G K"]) -> Bool[torch.Tensor, "P G"]:
     """Members with a valid score from every reward that applies to their group."""
-    applies = table.mask.any(dim=1, keepdim=True)
-    return (table.mask | ~applies).all(dim=2) & table.mask.any(dim=2)
+    return (mask | ~mask.any(dim=1, keepdim=True)).all(dim=2) & mask.any(dim=2)
 
 
-def win_rates(table: RewardTable, std_floor: float) -> RewardTable:
-    """Every score replaced by its win rate among the valid members, a tie counting one half.
+def win_rates(
+    scores: Float[torch.Tensor, "P G K"], mask: Bool[torch.Tensor, "P G K"], std_floor: float
+) -> tuple[Float[torch.Tensor, "P G K"], Bool[torch.Tensor, "P G K"]]:
+    """Scores and mask with every score replaced by its win rate among the valid members, a tie counting one half.
 
-    A reward with a standard deviation below ``std_floor`` in a group ties everywhere.
+    A reward with a standard deviation below ``std_floor`` in a group ties everywhere; nan, and masked, for a member
+    without another to compare with.
     """
-    scores, mask = torch.zeros_like(table.scores), table.mask.clone()
-    for k in range(len(table.names)):
-        score, valid = table.scores[..., k], table.mask[..., k]
-        ahead = score[:, :, None] - score[:, None, :]  # (P, G, G)
+    rates = torch.empty_like(scores)
+    for k in range(scores.shape[2]):
+        score, valid = torch.where(mask[..., k], scores[..., k], 0.0), mask[..., k]
+        ahead = (score[:, :, None] - score[:, None, :]).sign()  # (P, G, G)
         ahead = torch.where(signal_mask(score, valid, std_floor)[:, None, None], ahead, 0.0)
-        rates = win_rate(0.5 + 0.5 * ahead.sign(), valid[:, :, None] & valid[:, None, :])
-        scores[..., k] = rates.nan_to_num()
-        mask[..., k] &= ~rates.isnan()
-    return replace(table, scores=scores, mask=mask)
+        rates[..., k] = win_rate(0.5 + 0.5 * ahead, valid[:, :, None] & valid[:, None, :])
+    return rates, mask & rates.isfinite()
 
 
 def joint_scores(

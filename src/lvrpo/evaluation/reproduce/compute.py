@@ -6,7 +6,7 @@ Counts the forward and backward passes of all models (policy, averages, judge, r
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -43,10 +43,6 @@ class Compute:
 
     def __mul__(self, times: float) -> Compute:
         return Compute(self.flops * times, self.passes * times)
-
-    def as_dict(self) -> dict[str, float]:
-        """As JSON."""
-        return {"flops": self.flops, "passes": self.passes}
 
 
 NO_COMPUTE = Compute()
@@ -176,16 +172,6 @@ class RunCost:
                 f"budget of {limit:.3g} FLOPs: one step takes {self.total(1).flops:.3g}: give budget.steps more"
             )
         return low
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> RunCost:
-        """The inverse of ``as_dict``."""
-        parts = {name: Compute(**raw[name]) for name in ("step", "start", "look", "control")}
-        return cls(**parts, look_every=raw["look_every"], reference_eval_every=raw["reference_eval_every"])
 
 
 def count_cost(config: AnyConfig) -> RunCost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +17,8 @@ from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig, Compute, RunCost, count_cost
 from lvrpo.policies.loading import load_policy
-from lvrpo.reading import Record, path_exists, read_json_object, validate_type
+from lvrpo.reading import Record, path_exists, validate_type
+from lvrpo.records import read_record
 from lvrpo.report.evidence import RowPlan, TablePlan
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.config import TrainConfig
@@ -397,8 +398,8 @@ class Recipes:
             self.log(f"counting the operations of a step of {config.name}")
             found = count_cost(config)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json_text(found.as_dict()).encode())
-        return RunCost.from_dict(read_json_object(path, "delete it to count again"))
+            write_atomic(path, json_text(asdict(found)).encode())
+        return read_record(RunCost, path, "delete it to count again")
 
 
 def _without_constants(tree: Tree, at: str = "") -> Tree:

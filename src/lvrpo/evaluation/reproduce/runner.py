@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,7 @@ class Runner:
             "score": _validation_score(tuned),
             "tasks": {task: max(grid.values()) for task, grid in tuned.grid.items()},
             "steps": trained.steps,
-            **cost.total(trained.steps).as_dict(),
+            **asdict(cost.total(trained.steps)),
             "seconds": trained.seconds,
         }
         write_atomic(folder / MEMBER, json_text(found).encode())
@@ -292,7 +292,7 @@ class Runner:
             spent = counted.total(trained.steps)
             if plan.start == "scratch":
                 spent = spent - counted.total(self.recipes.base_config(job.base).steps)
-            cost = {"steps": trained.steps, **spent.as_dict(), "flops_per_step": counted.step.flops}
+            cost = {"steps": trained.steps, **asdict(spent), "flops_per_step": counted.step.flops}
         else:
             folder.mkdir(parents=True, exist_ok=True)
             trained = TrainedRun(load_policy(self.recipes.base_model(job.base), self.recipes.device))
