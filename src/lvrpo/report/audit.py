@@ -206,7 +206,7 @@ def share_charts(audit: RewardAudit, task: str) -> list[Chart]:
         points = _points(found.series.get(f"share/{scorer.name}"))
         if points:
             ends = [(step, scorer.configured_share or 0.0) for step in (points[0][0], points[-1][0])]
-            charts.append(line_chart(f"{task_name(task)}: {_words(scorer.name)}", points, ends, "configured"))
+            charts.append(line_chart(f"{task_name(task)}: {_words(scorer.name)}", points, ends, (), 0.1, "configured"))
     return charts
 
 
@@ -220,7 +220,7 @@ def other_charts(series: Series, control: Series) -> list[Chart]:
             continue
         titles = {"constant": f"groups constant in {name}", "auc": f"AUC of {name}"}
         title = titles.get(kind, NAMES.get(key, key)) if name else NAMES.get(key, key)
-        charts.append(line_chart(_words(title), points, _points(control.get(key)), "the base on the same prompts"))
+        charts.append(line_chart(_words(title), points, _points(control.get(key)), min_span=0.1))
     return charts
 
 

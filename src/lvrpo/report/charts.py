@@ -72,7 +72,7 @@ def reward_charts(metrics: Metrics) -> list[Chart]:
     for (task, points, control), names in titles.items():
         named = " = ".join(names)
         title = f"{task_name(task)}: {named}" if task else named
-        charts.append(_chart(title.replace("_", " "), list(points), list(control), _validation_marks(metrics), 0.1))
+        charts.append(line_chart(title.replace("_", " "), list(points), list(control), _validation_marks(metrics), 0.1))
     return charts
 
 
@@ -91,7 +91,7 @@ def validation_charts(metrics: Metrics) -> list[Chart]:
     """``validation/...`` on the steps where validation ran."""
     keys = [key for key in metrics.numeric_keys() if key.startswith("validation/")]
     return [
-        _chart(
+        line_chart(
             label(key.removeprefix("validation/")), metrics.series(key), [], _validation_marks(metrics), min_span=0.1
         )
         for key in keys
@@ -107,7 +107,7 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
             continue
         if word == "control" and metrics.series("reward/" + rest):
             continue
-        groups[word.replace("_", " ")].append(_chart((rest or word).replace("_", " "), metrics.series(key), []))
+        groups[word.replace("_", " ")].append(line_chart((rest or word).replace("_", " "), metrics.series(key), []))
     return [ChartGroup(title, tuple(charts)) for title, charts in groups.items()]
 
 
@@ -123,11 +123,6 @@ def ratio_note(metrics: Metrics) -> str:
     )
 
 
-def line_chart(title: str, points: Points, control: Points, control_label: str) -> Chart:
-    """A series and its control; ``control_label`` names the control in the alternative text."""
-    return _chart(title, points, control, min_span=0.1, control_label=control_label)
-
-
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values inside [low, high], about ``count`` of them."""
     span = high - low
@@ -139,7 +134,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _chart(
+def line_chart(
     title: str,
     points: Points,
     control: Points,
@@ -147,6 +142,7 @@ def _chart(
     min_span: float = 0.0,
     control_label: str = "the base on the same prompts",
 ) -> Chart:
+    """A series and its control; ``control_label`` names the control in the alternative text."""
     steps = [x for x, _ in points + control]
     x_low, x_high = min(steps), max(steps)
     y_low, y_high = _padded([y for _, y in points + control], min_span)
@@ -292,7 +288,9 @@ def gradient_audit(metrics: Metrics) -> GradientAudit | None:
         return Cell(spread, "together" if low > 0 else "apart" if high < 0 else "")
 
     by_expert = [(_task_names(pair), *(cell("cosine", pair, e) for e in experts)) for pair in pairs]
-    by_layer = [(_layer(part), *(cell("cosine", pair, part) for pair in pairs)) for part in layers]
+    by_layer = [
+        (part.replace("/layer_", ", layer "), *(cell("cosine", pair, part) for pair in pairs)) for part in layers
+    ]
     norms = [(_task_names(task), *(cell("norm", task, e) for e in experts)) for task in tasks]
     return GradientAudit(
         max(len(metrics.series(f"gradient/norm/{task}/all")) for task in tasks),
@@ -305,11 +303,6 @@ def gradient_audit(metrics: Metrics) -> GradientAudit | None:
 def _task_names(tasks: str) -> str:
     """understand+edit -> Questions and Editing."""
     return " and ".join(TASK_LABELS.get(task, task).partition(",")[0] for task in tasks.split("+"))
-
-
-def _layer(part: str) -> str:
-    expert, _, layer = part.partition("/layer_")
-    return f"{expert}, layer {layer}"
 
 
 def _layer_order(part: str) -> tuple[str, int]:

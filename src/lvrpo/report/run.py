@@ -72,7 +72,9 @@ def load_run(path: Path) -> RunRecord:
         contract=tuple(c for c in contract if isinstance(c, dict)) if isinstance(contract, list) else (),
         phases=tuple(_phases(path, problems)),
         grids=tuple(
-            (step, folder / "grid.png") for step, folder in _step_folders(path) if (folder / "grid.png").is_file()
+            (step, folder / "grid.png")
+            for step, folder in _numbered(path / "samples", "step_*")
+            if (folder / "grid.png").is_file()
         ),
         problems=tuple(problems),
     )
@@ -97,10 +99,6 @@ def _samples(path: Path, problems: list[str]) -> dict[str, Sample]:
         problems.append(f"{error}.")
         return {}
     return {sample.id: sample for sample in samples}
-
-
-def _step_folders(path: Path) -> list[tuple[int, Path]]:
-    return _numbered(path / "samples", "step_*")
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lvrpo.records import BenchmarkResult, Estimate, Summary
+from lvrpo.records import Estimate, Summary
 from lvrpo.report.charts import nice_ticks
 from lvrpo.report.formatting import change, duration, in_sentence, label, score, task_order
 from lvrpo.report.run import RunRecord
@@ -61,21 +61,21 @@ class ScoreTable:
 def score_table(summary: Summary) -> ScoreTable:
     base = summary.baseline
     tables = [summary.before, summary.after] + ([base.after] if base else [])
-    low, high = _range(tables)
-    tasks = task_order(summary.before, summary.after, summary.difference)
-    rows = tuple(_task_row(summary, task, low, high) for task in tasks)
-    ticks = tuple((_place(v, low, high), f"{v:g}".replace("0.", ".", 1)) for v in nice_ticks(low, high, 4))
+    every = [e for table in tables for entry in table.values() for e in (entry, *entry.categories.values())]
+    values = [v for e in every for v in (e.score, e.low, e.high) if v is not None]
+    low, high = min(0.0, *values, 0.0), max(1.0, *values, 1.0)  # wider than 0 to 1 where a score lies outside
+
+    def place(value: float) -> float:
+        return round(MARGIN + (100 - 2 * MARGIN) * (value - low) / (high - low), 2)
+
+    rows = tuple(
+        _task_row(summary, task, place) for task in task_order(summary.before, summary.after, summary.difference)
+    )
+    ticks = tuple((place(v), f"{v:g}".replace("0.", ".", 1)) for v in nice_ticks(low, high, 4))
     return ScoreTable(rows, ticks, base.name if base else None)
 
 
-def _range(tables: list[Mapping[str, BenchmarkResult]]) -> tuple[float, float]:
-    """0 to 1, wider where a score lies outside."""
-    every = [e for table in tables for entry in table.values() for e in (entry, *entry.categories.values())]
-    values = [v for e in every for v in (e.score, e.low, e.high) if v is not None]
-    return min(0.0, *values, 0.0), max(1.0, *values, 1.0)
-
-
-def _task_row(summary: Summary, task: str, low: float, high: float) -> ScoreRow:
+def _task_row(summary: Summary, task: str, place: Callable[[float], float]) -> ScoreRow:
     base = summary.baseline
     tables = (
         summary.before,
@@ -86,43 +86,20 @@ def _task_row(summary: Summary, task: str, low: float, high: float) -> ScoreRow:
     )
     entries = [table.get(task) for table in tables]
     names = dict.fromkeys(name for entry in entries if entry for name in entry.categories)
-    categories = tuple(
-        _row(
-            name,
-            name.replace("_", " "),
-            [entry.categories.get(name) if entry else None for entry in entries],
-            low,
-            high,
-        )
-        for name in names
-    )
+    inner = {name: [entry.categories.get(name) if entry else None for entry in entries] for name in names}
+    categories = tuple(_row(name, name.replace("_", " "), each, place) for name, each in inner.items())
     metric = next((entry.metric for entry in entries if entry), "success")
-    row = _row(task, label(task), list(entries), low, high, categories)
-    return replace(row, metric=metric)
+    return replace(_row(task, label(task), entries, place), categories=categories, metric=metric)
 
 
-def _row(
-    key: str,
-    text: str,
-    estimates: list[Estimate | None],
-    low: float,
-    high: float,
-    categories: tuple[ScoreRow, ...] = (),
-) -> ScoreRow:
+def _row(key: str, text: str, estimates: Sequence[Estimate | None], place: Callable[[float], float]) -> ScoreRow:
     before, after, difference, baseline, baseline_difference = estimates
-    drawn = (("before", before), ("baseline", baseline), ("after", after))
-    whiskers = tuple(_whisker(kind, e, low, high) for kind, e in drawn if e is not None)
-    return ScoreRow(key, text, before, after, difference, baseline, baseline_difference, whiskers, categories)
-
-
-def _whisker(kind: str, estimate: Estimate, low: float, high: float) -> Whisker:
-    ends = [estimate.score if end is None else end for end in (estimate.low, estimate.high)]
-    at, left, right = (_place(v, low, high) for v in (estimate.score, *ends))
-    return Whisker(kind, estimate, at, left, right)
-
-
-def _place(value: float, low: float, high: float) -> float:
-    return round(MARGIN + (100 - 2 * MARGIN) * (value - low) / (high - low), 2)
+    whiskers = []
+    for kind, estimate in (("before", before), ("baseline", baseline), ("after", after)):
+        if estimate is not None:
+            ends = (estimate.score if end is None else end for end in (estimate.low, estimate.high))
+            whiskers.append(Whisker(kind, estimate, *map(place, (estimate.score, *ends))))
+    return ScoreRow(key, text, before, after, difference, baseline, baseline_difference, tuple(whiskers))
 
 
 VERBS = {"up": "rose", "down": "fell", "flat": "did not clearly change:", "unsure": "went"}
