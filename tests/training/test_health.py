@@ -9,7 +9,7 @@ import pytest
 
 from lvrpo.rewards.base import offline_group
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.health import Finding, Health, answer_entropies, assess, entropy
+from lvrpo.training.health import Finding, Health, answer_entropies, assess
 from lvrpo.types import Group, Prompt
 
 LIMITS = {"facts": 0.1, "agreement": 0.9}
@@ -76,13 +76,6 @@ def test_gradients_that_were_none() -> None:
     (found,) = assess(rows({}, *[{"grad_norm/generate": None}] * 7), LIMITS).findings
     assert found.words.endswith("at step 1, 2, 3, 4, 5 and 2 more")
     assert kinds(assess(rows({"grad_norm/generate": 0.0}), LIMITS)) == []
-
-
-def test_entropy_by_hand() -> None:
-    assert entropy(["a"]) == 0
-    assert entropy(["a", "b"]) == 1
-    assert entropy(["a", "a", "b", "c"]) == 1.5
-    assert entropy(["a"] * 3 + ["b"]) == pytest.approx(2 - 0.75 * math.log2(3))
 
 
 def asked(category: str, right: list[str], said: list[str]) -> list[Group]:

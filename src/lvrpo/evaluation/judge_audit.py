@@ -24,7 +24,6 @@ from lvrpo.data.scenes.objects import (
     SHAPES,
     Scene,
     SceneObject,
-    Split,
     cells_mask,
     digit_indices,
     render,
@@ -53,18 +52,15 @@ class MinimalPair:
     group: Group
 
 
-def minimal_pairs(
-    per_category: int, split: Split = "validation", seed: int = 0, size: int = DEFAULT_SIZE
-) -> list[MinimalPair]:
+def minimal_pairs(per_category: int, seed: int = 0, size: int = DEFAULT_SIZE) -> list[MinimalPair]:
     """The pairs of ``per_category`` scenes for every category of prompts; deterministic."""
-    builder = _PairBuilder(per_category, split, seed, size)
+    builder = _PairBuilder(per_category, seed, size)
     return [*builder.drawings(), *builder.edits(), *builder.thoughts(), *builder.answers(), *builder.captions()]
 
 
 @dataclass(frozen=True)
 class _PairBuilder:
     n: int
-    split: Split
     seed: int
     size: int
 
@@ -72,8 +68,8 @@ class _PairBuilder:
         for category in categories:
             for i in range(self.n):
                 cluster = f"judge/{what}/{category}/{i}"
-                rng = random.Random(f"{self.seed}/{self.split}/{cluster}")
-                yield cluster, category, Layout(rng, self.split, self.size // CELL)
+                rng = random.Random(f"{self.seed}/validation/{cluster}")
+                yield cluster, category, Layout(rng, "validation", self.size // CELL)
 
     def drawings(self) -> Iterator[MinimalPair]:
         """Pictures for a caption: one object changed, and the facts that this breaks."""
@@ -109,7 +105,7 @@ class _PairBuilder:
 
     def answers(self) -> Iterator[MinimalPair]:
         """Answers to questions: the right one and a wrong one of the same kind."""
-        source = ScenePrompts(ScenesConfig(size=self.size, questions_per_picture=1), self.split, self.seed)
+        source = ScenePrompts(ScenesConfig(size=self.size, questions_per_picture=1), "validation", self.seed)
         for i in range(self.n * len(grammar.UNDERSTAND)):
             prompt = source.prompt("understand", i)
             right, rng = str(prompt.answer), random.Random(f"judge/answer/{prompt.id}")

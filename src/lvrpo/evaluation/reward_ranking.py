@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.audit_records import Ranking, RankingChange, RewardRanking, SampleAudit, SampleQuality, Window
 from lvrpo.config import read_yaml
-from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig, Split
+from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.suite import cluster_of
 from lvrpo.policies.base import Policy
@@ -355,14 +355,13 @@ def sample_groups(
     seed: int = 0,
     *,
     size: int,
-    split: Split = "validation",
     progress: Callable[[str, int], None] = lambda task, prompts: None,
 ) -> dict[TaskKind, list[Group]]:
     """Samples groups of ``GROUP_SIZE`` on ``per_category`` prompts of every category; deterministic.
 
     ``size``: side of the pictures in pixels. Sampling parameters are the policy's defaults, text at temperature 1.
     """
-    source = ScenePrompts(ScenesConfig(size=size), split, seed)
+    source = ScenePrompts(ScenesConfig(size=size), "validation", seed)
     found: dict[TaskKind, list[Group]] = {}
     for task in TASKS:
         prompts = source.prompts(task, per_category * len(CATEGORIES[task]))
@@ -383,7 +382,6 @@ def audit_samples(
     model: Policy,
     groups: Mapping[TaskKind, Sequence[Group]],
     sources: Sequence[RewardSource],
-    progress: Callable[[str, str], None] = lambda task, reward: None,
 ) -> SampleAudit:
     """Scores the groups of ``model`` with every reward; the first ``VERIFIER`` among them grades."""
     verifiers = [source.config.title for source in sources if source.config.name == VERIFIER]
@@ -394,7 +392,6 @@ def audit_samples(
         missing: dict[str, float] = {}
         for source in sources:
             name = source.config.title
-            progress(task, name)
             scores, applies = _scores(source, own, judge)
             if applies.any():
                 scorers[name], missing[name] = scores, float(np.isnan(scores[applies]).mean())

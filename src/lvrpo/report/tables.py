@@ -347,11 +347,11 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
     return found
 
 
-def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
+def seeds_table(runs: Sequence[Path]) -> TextTable:
     """``seed_rows`` as text; rows with too few seeds are marked."""
     rows = []
     for benchmark, found in seed_rows(runs).items():
-        for i, row in enumerate(found if categories else found[:1]):
+        for i, row in enumerate(found):
             name = f"  {row.name.replace('_', ' ')}" if i else label(benchmark)
             each, detectable = row.change.interval, row.change.detectable
             cells = (score(row.before), score(row.after), interval(each, 3, signed=True))

@@ -57,7 +57,7 @@ def save_state(folder: Path, state: State) -> None:
         (folder / "state.json").write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path, device: torch.device | str = "cpu", finite: bool = False) -> State:
+def load_state(folder: Path, finite: bool = False) -> State:
     """Restores the state of ``save_state``; raises InputError for a missing or truncated file.
 
     ``finite``: also for a tensor with values that are not finite.
@@ -67,7 +67,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu", finite: bool = 
             raise InputError(f"{folder / name}: no such file: give a folder that a training run saved")
     with disk_errors(folder, "read"):
         tree = read_json(folder / "state.json", "use another checkpoint", STATE_BYTES)
-        tensors, _ = read_tensors(folder / "state.safetensors", "use another checkpoint", str(device))
+        tensors, _ = read_tensors(folder / "state.safetensors", "use another checkpoint")
         for name, tensor in tensors.items() if finite else ():
             require_finite(folder / "state.safetensors", name, tensor, "use another checkpoint")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from lvrpo.config import Config
+from lvrpo.metrics import answer_entropy
 from lvrpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
@@ -70,13 +70,9 @@ def answer_entropies(prompts: Sequence[Prompt], texts: Sequence[str | None]) -> 
             form = f"{prompt.task}/{prompt.category or 'all'}"
             answers.setdefault(form, []).append(text.strip().lower())
             right.setdefault(form, set()).add(prompt.answer)
-    return {form: entropy(row) for form, row in answers.items() if len(row) >= MIN_QUESTIONS and len(right[form]) > 1}
-
-
-def entropy(values: Sequence[str]) -> float:
-    """Entropy in bits of the distribution of the values."""
-    shares = [count / len(values) for count in Counter(values).values()]
-    return max(0.0, -sum(share * math.log2(share) for share in shares))
+    return {
+        form: answer_entropy(row) for form, row in answers.items() if len(row) >= MIN_QUESTIONS and len(right[form]) > 1
+    }
 
 
 def _failed(rows: Rows, max_failed: Mapping[str, float]) -> Iterator[Finding]:

@@ -212,14 +212,6 @@ class PretrainConfig(Config):
         return self
 
 
-@dataclass(frozen=True)
-class SupervisedStep:
-    """Losses and gradient norms of a step."""
-
-    losses: dict[str, float]
-    grad_norms: dict[str, float]
-
-
 class SupervisedState:
     """The supervised training step and its mutable state."""
 
@@ -243,11 +235,10 @@ class SupervisedState:
             self.representation = Representation(config.representation, policy, lr, seed)
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
-    def train_step(self) -> SupervisedStep:
-        """One update; everything random is a function of (seed, step)."""
+    def train_step(self) -> dict[str, float]:
+        """One update, and its losses and gradient norms; everything random is a function of (seed, step)."""
         step = self.step
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "supervised", step) % 2**32)
-        total: dict[str, float] = {}
         losses = self.policy.supervised_losses(self.batch(step), generator, self.representation)
         loss = sum(
             weight * losses[name]
@@ -258,13 +249,13 @@ class SupervisedState:
         if "representation" in losses:
             loss = loss + self.config.representation.weight * losses["representation"]
         loss.backward()
-        total.update({name: float(value.detach()) for name, value in losses.items()})
         norms = self.optimizers.step(step)
         if self.representation is not None:
             self.representation.step(self.optimizers.rate(step))
         self.step += 1
         update_ema(self.average_weights, self.weights, min(self.config.ema_decay, step / (step + 10)))
-        return SupervisedStep(total, norms)
+        row = {f"loss/{name}": float(value.detach()) for name, value in losses.items()}
+        return row | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
 
     @property
     def best_steps(self) -> set[int]:
@@ -443,9 +434,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
         start_trackers(self.run, config.trackers)
         while state.step < config.steps:
             with self.logged_step(observe) as row:
-                report = state.train_step()
-                row |= {f"loss/{name}": loss for name, loss in report.losses.items()}
-                row |= {f"grad_norm/{expert}": norm for expert, norm in report.grad_norms.items()}
+                row |= state.train_step()
                 if self.held_out and (state.step % config.held_out_every == 0 or state.step == config.steps):
                     row |= score_held_out(state.average, self.held_out, config.seed)
             stop = self.stop_requested(interrupted)

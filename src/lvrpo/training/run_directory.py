@@ -201,8 +201,9 @@ class RunDirectory:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""
         differing = [line for line in self._differences(config) if line.partition("=")[0] not in allow]
         if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"{self.path}: holds a run with another configuration ({_first(differing)}): "
+                f"{self.path}: holds a run with another configuration ({', '.join(differing[:3])}{more}): "
                 "choose another name, or continue that run with --resume and its own configuration"
             )
 
@@ -461,8 +462,3 @@ def _cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _first(lines: list[str], count: int = 3) -> str:
-    more = f" and {len(lines) - count} more" if len(lines) > count else ""
-    return ", ".join(lines[:count]) + more

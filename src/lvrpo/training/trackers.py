@@ -15,17 +15,20 @@ import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lvrpo.child import module_command
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.training.run_directory import RunDirectory  # loads torch, which the process of a tracker does without
 
 FOLDER = "trackers"
 """Folder in the run directory."""
@@ -157,17 +160,7 @@ class TrackerProcesses:
         self.processes.clear()
 
 
-class Closing(Protocol):
-    """A run directory, as far as trackers need it."""
-
-    path: Path
-
-    def close_first(self, close: Callable[[], object]) -> None:
-        """Calls ``close`` before the run directory is closed."""
-        ...
-
-
-def start_trackers(run: Closing, configs: Sequence[AnyTracker]) -> None:
+def start_trackers(run: RunDirectory, configs: Sequence[AnyTracker]) -> None:
     """Starts the trackers of a run on rank 0; closing the run directory ends them."""
     from lvrpo.distributed import is_main  # loads torch, which the process of a tracker does without
 

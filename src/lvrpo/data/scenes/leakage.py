@@ -91,12 +91,12 @@ def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[Comp
     return found
 
 
-def compared_examples(examples: Iterable[Example], chunk: int = 512) -> Iterable[ComparedPrompt]:
+def compared_examples(examples: Iterable[Example]) -> Iterable[ComparedPrompt]:
     """Rows to imitate as they are compared; a caption to write is a text that was seen, too."""
     rows: list[Example] = []
     for example in examples:
         rows.append(example)
-        if len(rows) == chunk:
+        if len(rows) == 512:
             yield from _of_rows(rows)
             rows = []
     yield from _of_rows(rows)
