@@ -188,7 +188,7 @@ def scores_of(
         except ContractError as error:
             failed[task.name] = str(error)
             console.print(str(error), style="red", markup=False, soft_wrap=True)
-    return HarnessEvaluation(scored, time.perf_counter() - started, failed)
+    return HarnessEvaluation({}, {}, time.perf_counter() - started, scored, failed)
 
 
 def require_all(*evaluations: HarnessEvaluation | None) -> None:

@@ -26,7 +26,6 @@ from lvrpo.config import read_yaml
 from lvrpo.distributed import is_main, world_size
 from lvrpo.errors import InputError
 from lvrpo.evaluation import suite, tuning
-from lvrpo.evaluation.benchmarks.lmms_process import HarnessEvaluation
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.items import ItemStore
 from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, sampled_as
@@ -111,12 +110,14 @@ def evaluate_by_lmms(options: Options) -> None:
     console = wide_console()
     tasks, harness = open_lmms(options)
     head: dict[str, Any] = {"model": options.model, "seed": options.seed}
-    own, own_before = None, None
+    own: list[Evaluation | None] = [None, None]
     if options.benchmark is not None:
-        head, own, own_before = measured(options, console)
+        head, *own = measured(options, console)
     result, before = evaluate_lmms(options, tasks, harness, console)
-    result = result.with_own(own)
-    before = None if before is None else before.with_own(own_before)
+    if own[0] is not None:
+        result = replace(result, scored=own[0].scored, seconds=result.seconds + own[0].seconds)
+    if before is not None and own[1] is not None:
+        before = replace(before, scored=own[1].scored, seconds=before.seconds + own[1].seconds)
     report(options, head, result, before, console)
     require_all(before, result)
 
@@ -124,8 +125,8 @@ def evaluate_by_lmms(options: Options) -> None:
 def report(
     options: Options,
     head: dict[str, Any],
-    result: Evaluation | HarnessEvaluation,
-    before: Evaluation | HarnessEvaluation | None,
+    result: Evaluation,
+    before: Evaluation | None,
     console: Console,
 ) -> None:
     """Writes and prints what was measured. Any: JSON values."""
@@ -141,21 +142,16 @@ def report(
 def write_results(
     options: Options,
     head: dict[str, Any],
-    result: Evaluation | HarnessEvaluation,
-    before: Evaluation | HarnessEvaluation | None,
+    result: Evaluation,
+    before: Evaluation | None,
 ) -> None:
     """Writes ``--json`` and results.json of ``--out``. Any: JSON values."""
     if before is not None:
-        head |= {"against": options.against, "before": before.as_dict(), "difference": differences(before, result)}
+        head |= {"against": options.against, "before": before.as_dict(), "difference": before.difference(result)}
     content = json_text({**head, **result.as_dict()}).encode()
     for file in (options.json, options.out and options.out / "results.json"):
         if file is not None:
             write_file(file, content, options.force or file != options.json)
-
-
-def differences(before: Evaluation | HarnessEvaluation, after: Evaluation | HarnessEvaluation) -> dict[str, Any]:
-    """After minus before. Any: JSON values."""
-    return before.difference(after)  # type: ignore[arg-type]  # both are of one kind
 
 
 def evaluated(
@@ -181,8 +177,8 @@ def evaluated(
 
 def print_results(
     options: Options,
-    result: Evaluation | HarnessEvaluation,
-    before: Evaluation | HarnessEvaluation | None,
+    result: Evaluation,
+    before: Evaluation | None,
     console: Console,
 ) -> None:
     """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
@@ -194,7 +190,7 @@ def print_results(
     else:
         earlier = before.results()
         console.print(f"before: {options.against}, after: {options.model}", style="dim", markup=False)
-        difference = differences(before, result)
+        difference = before.difference(result)
         both = {name: each for name, each in earlier.items() if name in difference}
         console.print(text_table(summary_table({"before": both, "after": results, "difference": difference})))
         results = {f"before: {name}": each for name, each in earlier.items()} | results

@@ -17,21 +17,19 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lvrpo
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.items import ItemStore, file_name
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
+from lvrpo.evaluation.suite import Evaluation
 from lvrpo.policies.loading import policy_folder
 from lvrpo.reading import parse_json, path_exists, read_json_object, read_text
 from lvrpo.records import BenchmarkRecord, number
-
-if TYPE_CHECKING:
-    from lvrpo.evaluation.suite import Evaluation
 
 VERSION = "0.7.3"
 REQUIREMENTS = "lmms_eval.txt"
@@ -299,44 +297,29 @@ class HarnessScore:
 
 
 @dataclass(frozen=True)
-class HarnessEvaluation:
-    """What ``suite.Evaluation`` is for our own benchmarks: by ``task`` or ``task/metric``."""
+class HarnessEvaluation(Evaluation):
+    """An evaluation with tasks of lmms-eval beside our own benchmarks."""
 
-    scored: Mapping[str, HarnessScore]
-    seconds: float = 0.0
+    tasks: Mapping[str, HarnessScore] = field(default_factory=dict)
+    """By ``task`` or ``task/metric``."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Tasks without results, and why."""
-    own: Evaluation | None = None
-    """Benchmarks of ours that the same command evaluated."""
-
-    def with_own(self, own: Evaluation | None) -> HarnessEvaluation:
-        """With benchmarks of ours, whose seconds are added."""
-        return self if own is None else replace(self, own=own, seconds=self.seconds + own.seconds)
 
     def results(self) -> dict[str, Any]:
         """By title: score, low, high, n, categories, official."""
-        tasks = {title: score.as_dict() for title, score in self.scored.items()}
-        return tasks if self.own is None else self.own.results() | tasks
+        return super().results() | {title: score.as_dict() for title, score in self.tasks.items()}
 
-    def difference(self, after: HarnessEvaluation) -> dict[str, Any]:
+    def difference(self, after: Evaluation) -> dict[str, Any]:
         """By title that both have: ``after`` minus this."""
-        tasks = {
-            title: score.difference(after.scored[title])
-            for title, score in self.scored.items()
-            if title in after.scored
-        }
-        return tasks if self.own is None or after.own is None else self.own.difference(after.own) | tasks
+        later = after.tasks if isinstance(after, HarnessEvaluation) else {}
+        both = {title: score.difference(later[title]) for title, score in self.tasks.items() if title in later}
+        return super().difference(after) | both
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: results, and the scores of single samples where they are known."""
-        records = {title: score.record.as_dict() for title, score in self.scored.items() if score.record is not None}
-        own = {} if self.own is None else self.own.as_dict()["scores"]
-        return {
-            "results": self.results(),
-            "seconds": self.seconds,
-            "scores": own | records,
-            "failed": dict(self.failed),
-        }
+        found = super().as_dict()
+        found["scores"] |= {title: score.record.as_dict() for title, score in self.tasks.items() if score.record}
+        return {**found, "failed": dict(self.failed)}
 
 
 def read_scores(output: Path, task: str) -> dict[str, HarnessScore]:
