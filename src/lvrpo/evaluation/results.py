@@ -83,16 +83,12 @@ def by_category(record: BenchmarkRecord) -> bool:
 
 def missing(record: BenchmarkRecord) -> Measures:
     """``masked``: how many prompts have no score, of how many, and the most frequent reasons; {} for none."""
-    reasons = Counter(reason or "no score" for reason, s in _zip_failures(record) if not math.isfinite(s))
+    pairs = zip(record.failures or [""] * len(record.scores), record.scores, strict=True)
+    reasons = Counter(reason or "no score" for reason, score in pairs if not math.isfinite(score))
     if not reasons:
         return {}
     common = dict(reasons.most_common(MOST_REASONS))
     return {"masked": {"prompts": sum(reasons.values()), "of": len(record.ids), "reasons": common}}
-
-
-def _zip_failures(record: BenchmarkRecord) -> list[tuple[str, float]]:
-    """Pairs of failure reason and score, one per prompt."""
-    return list(zip(record.failures or [""] * len(record.scores), record.scores, strict=True))
 
 
 def _mean_over_categories(values: Sequence[float], record: BenchmarkRecord, rows: Sequence[int]) -> Interval:

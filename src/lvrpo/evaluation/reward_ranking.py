@@ -247,7 +247,7 @@ def rank_rewards(
         units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
 
         def ranking(rows: NDArray[np.bool_]) -> Ranking:
-            differ = _varying_groups(scores[rows], grades[rows])
+            differ = [(_centered(ranks) != 0).any(axis=1) for ranks in _ranks(scores[rows], grades[rows])]
             return Ranking(
                 _mean(rank[rows], units[rows], lowest=-1.0),
                 _mean(auc[rows], units[rows], lowest=0.0),
@@ -289,12 +289,6 @@ def group_auc(scores: Array, success: Array) -> NDArray[np.float64]:
     n, m = right.sum(axis=1), wrong.sum(axis=1)
     above = np.where(right, ranks, 0.0).sum(axis=1) - n * (n + 1) / 2
     return np.where(n * m > 0, above / np.maximum(n * m, 1), np.nan)
-
-
-def _varying_groups(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(N,) for each: whether members that have both differ in it."""
-    a, b = ((_centered(ranks) != 0).any(axis=1) for ranks in _ranks(one, other))
-    return a, b
 
 
 def _both_scored(one: Array, other: Array) -> NDArray[np.bool_]:

@@ -133,7 +133,8 @@ class Outcome:
             return out
 
         counts = spread([_DIGITS.index(digit) for digit in raw["counts"]])
-        best = {int(size): spread(_unpack_shares(text)) for size, text in raw["best_of"].items()}
+        bytes_of = {int(size): bytes.fromhex(text) for size, text in raw["best_of"].items()}
+        best = {size: spread(np.frombuffer(shares, dtype=np.uint8) / 255.0) for size, shares in bytes_of.items()}
         first = _unpack_bits(raw["first"], n)
         return cls(raw["prompts"], first, raw["samples"], counts, best, raw["answers"], raw["settings"])
 
@@ -223,11 +224,6 @@ def _unpack_bits(text: str, n: int) -> Floats:
 def _pack_shares(values: Floats) -> str:
     """Numbers in [0, 1] to the nearest 255th, two hexadecimal digits each."""
     return np.round(np.asarray(values) * 255).astype(np.uint8).tobytes().hex()
-
-
-def _unpack_shares(text: str) -> Floats:
-    """The inverse of ``_pack_shares``, up to 1/510."""
-    return np.frombuffer(bytes.fromhex(text), dtype=np.uint8) / 255.0
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -98,7 +98,11 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
             f"{duration(seconds)} in all on {'; '.join(sorted({str(run.raw['hardware']) for run in runs}))}.",
             f"Code: {', '.join(sorted({str(run.raw['code']) for run in runs}))}.",
         ]
-        lines += [f"Not well: {run.row}-{run.base}-{run.seed}: {words}." for run in runs for words in _findings(run)]
+        lines += [
+            f"Not well: {run.row}-{run.base}-{run.seed}: {words}."
+            for run in runs
+            for words in run.raw.get("not_well", ())
+        ]
         if budgets:
             lines.append(f"Every row that trains may spend {' or '.join(budgets)} FLOPs of its models.")
     return "\n".join(lines)
@@ -106,10 +110,6 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
 
 def _budget(run: Summary) -> float:
     return float(run.raw.get("budget_flops") or 0.0)
-
-
-def _findings(run: Summary) -> list[str]:
-    return list(run.raw.get("not_well", ()))
 
 
 def _joined(values: Any) -> str:  # Any: an iterable of numbers

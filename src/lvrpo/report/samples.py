@@ -33,7 +33,7 @@ class Frame:
 
     @property
     def right(self) -> bool | None:
-        return _is_right(self.sample)
+        return None if self.sample is None or self.sample.score is None else self.sample.score >= RIGHT
 
     @property
     def reward(self) -> float | None:
@@ -87,24 +87,16 @@ class SampleSections:
     """The number of prompts that have a score before and after."""
 
 
-def _is_right(sample: Sample | None) -> bool | None:
-    return None if sample is None or sample.score is None else sample.score >= RIGHT
-
-
 def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
     before, after = run.samples("before"), run.samples("after")
     ids = list(dict.fromkeys([*before, *after]))
     phases = _phases(run)
     views = {i: _view(i, phases, store) for i in ids}
     even = _round_robin([views[i] for i in ids])
-    both = [i for i in ids if _score(before.get(i)) is not None and _score(after.get(i)) is not None]
-    regressed = sorted(
-        (i for i in both if _is_right(before[i]) and not _is_right(after[i])), key=lambda i: _score(after[i]) or 0.0
-    )
-    wrong = sorted(
-        (i for i in both if not _is_right(before[i]) and not _is_right(after[i])),
-        key=lambda i: (_score(after[i]) or 0.0, (_score(after[i]) or 0.0) - (_score(before[i]) or 0.0)),
-    )
+    pairs = {i: (before[i].score, after[i].score) for i in ids if i in before and i in after}
+    both = {i: (b, a) for i, (b, a) in pairs.items() if b is not None and a is not None}
+    regressed = sorted((i for i, (b, a) in both.items() if a < RIGHT <= b), key=lambda i: both[i][1])
+    wrong = sorted((i for i, (b, a) in both.items() if max(b, a) < RIGHT), key=lambda i: (both[i][1], -both[i][0]))
     return SampleSections(
         pictures=_select([v for v in even if v.drawn], SHOWN_PICTURES),
         answers=_select([v for v in even if not v.drawn], SHOWN_ANSWERS),
@@ -142,10 +134,6 @@ def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: Pi
 def _holds(sample: Sample | None, question: str, answer: str) -> bool | None:
     facts = sample.facts if sample else ()
     return next((f.holds for f in facts if (f.question, f.answer) == (question, answer)), None)
-
-
-def _score(sample: Sample | None) -> float | None:
-    return sample.score if sample else None
 
 
 def _round_robin(views: list[SampleView]) -> list[SampleView]:

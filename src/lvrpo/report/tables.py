@@ -54,12 +54,10 @@ class TextTable:
     def markdown(self) -> str:
         """A table for a results page, the note below it."""
         lines = ["| " + " | ".join(self.heads) + " |", "|---" * len(self.heads) + "|"]
-        lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in self.rows]
+        for row in self.rows:
+            cells = (cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in row)
+            lines.append("| " + " | ".join(cells) + " |")
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
-
-
-def _markdown(cell: str) -> str:
-    return cell.strip().replace("|", "\\|").replace("\n", "<br>")
 
 
 def scores_table(results: Results, title: str) -> TextTable:

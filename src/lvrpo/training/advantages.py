@@ -98,7 +98,8 @@ def segment_advantages(table: RewardTable, groups: Sequence[Group], config: Adva
     """The advantages of a step for every kind of segment; 0 in groups without signal."""
     if config.stages == "shared":
         return dict.fromkeys(KINDS, compute_advantages(table, config))
-    return {kind: compute_advantages(segment_table(table, groups, kind), config) for kind in KINDS}
+    tables = [replace(table, mask=table.mask & judging_rewards(table, groups, kind)[:, None]) for kind in KINDS]
+    return {kind: compute_advantages(own, config) for kind, own in zip(KINDS, tables, strict=True)}
 
 
 def trajectory_advantages(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
@@ -115,11 +116,6 @@ def trajectory_rewards(
     return torch.where(
         _has_image(groups)[:, None], judging_rewards(table, groups, "image"), judging_rewards(table, groups, "text")
     )
-
-
-def segment_table(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
-    """The table for one kind of segment, with the rewards that do not score it masked."""
-    return replace(table, mask=table.mask & judging_rewards(table, groups, kind)[:, None])
 
 
 def judging_rewards(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bool[torch.Tensor, "P K"]:

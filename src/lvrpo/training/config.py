@@ -266,9 +266,10 @@ class TrainConfig(Config):
             self._check_weights,
             self._check_overoptimization,
             self._check_rollout,
-            self._check_drawn_tokens,
         ):
             check()
+        if self.tokens is not None or self.masked is not None:
+            self._check_guided_logprobs()
         by_flow = self.flow != NFTConfig() or self.rollout.guided_logprobs == "joint"  # else its section may be missing
         if by_flow and self.tokens is None and self.masked is None:
             self._check_kinds(("text", "flow"))  # otherwise require_policy_fit checks them with the policy
@@ -296,10 +297,6 @@ class TrainConfig(Config):
             )
         if "flow" in sections:
             self._check_flow()
-
-    def _check_drawn_tokens(self) -> None:
-        if self.tokens is not None or self.masked is not None:
-            self._check_guided_logprobs()
 
     def _check_guided_logprobs(self) -> None:
         rollout = self.rollout

@@ -267,7 +267,7 @@ class StepMemory:
         )
         persistent = {
             "weights": weights,
-            "frozen and averaged weights": self.weight_copy_bytes(old),
+            "frozen and averaged weights": 0 if self.divided else (1 + old + (config.adapter is None)) * gradients,
             "the judge's own weights": 0 if self.divided else gradients * self._judge_copies(),
             "moments": 0 if self.divided else self._moments(),
             "this process's share": 0 if config.offload else sharded // world_size(),
@@ -281,10 +281,6 @@ class StepMemory:
             persistent["rollout engine"] = weights + persistent["program"]
         host_only = host + 2 * steps if on_gpu and config.offload else 0
         return MemoryEstimate(persistent, 0 if self.in_rounds else gradients, transient, host_only)
-
-    def weight_copy_bytes(self, old: bool) -> int:
-        """Bytes of average, old policy and reference, which sharded runs count among their share."""
-        return 0 if self.divided else (1 + old + (self.config.adapter is None)) * tensor_bytes(self.trained)
 
     def _sharded_bytes(self, old: bool) -> int:
         """Sharded bytes of all processes together: float32 weights and averages, reference, moments, gradients."""

@@ -118,7 +118,7 @@ class Layout:
             ),
             "digits": lambda: Caption((self._any_digit(),), place=self._place()),
         }[category]
-        return self.described(lambda: replace(build(), ground=self._said_ground()))
+        return self.described(lambda: replace(build(), ground=self.ground() if self.rng.random() < 0.5 else None))
 
     def described(self, build: Callable[[], Caption]) -> Description:
         """The first caption of the split that has a scene, with it.
@@ -138,9 +138,6 @@ class Layout:
 
     def _place(self) -> str | None:
         return self.rng.choice(PLACES) if self.rng.random() < 0.5 else None
-
-    def _said_ground(self) -> str | None:
-        return self.ground() if self.rng.random() < 0.5 else None
 
     def _mentions(self, count: int, colored: bool) -> tuple[Mention, ...]:
         return tuple(Mention(shape, color if colored else None) for color, shape in self.pairs(count))

@@ -310,7 +310,7 @@ class Recipes:
             config = load_config(PretrainConfig, path, [*own.overrides, *overrides])
             return config.model_copy(update={"init": None, "seed": own.seed, "device": self.device})
         common: dict[str, Any] = {"seed": seed, "device": self.device}
-        if not _is_supervised(path):
+        if set(read_tree(path, TrainConfig)) <= set(TrainConfig.model_fields):
             return load_config(TrainConfig, path, overrides).model_copy(
                 update={**common, "policy": self.base_model(base)}
             )
@@ -409,11 +409,6 @@ def _without_constants(tree: Tree, at: str = "") -> Tree:
         for key, value in tree.items()
         if f"{at}{key}" not in CONSTANTS or value != CONSTANTS[f"{at}{key}"]
     }
-
-
-def _is_supervised(path: Path) -> bool:
-    """Whether a configuration file, or one that it extends, is of supervised training."""
-    return bool(set(read_tree(path, TrainConfig)) - set(TrainConfig.model_fields))
 
 
 def code_version() -> str:

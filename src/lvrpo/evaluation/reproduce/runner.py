@@ -206,7 +206,9 @@ class Runner:
         grids = [job for job in jobs if job.kind == "tune" and job.row in waiting and not self._tuned(job)]
         remaining = [*grids, *runs]
         used = {job.base for job in remaining} | ({self.experiment.tuning.base} if remaining else set())
-        bases = [job for job in jobs if job.kind == "base" and job.row in used and not self._base_exists(job)]
+        bases = [
+            job for job in jobs if job.kind == "base" and job.row in used and not path_exists(self._folder(job) / FINAL)
+        ]
         kept = {job.name for job in (*bases, *remaining)}
         return [job for job in jobs if job.name in kept]
 
@@ -233,9 +235,6 @@ class Runner:
 
     def _tuned(self, job: Job) -> bool:
         return path_exists(self._grid_path(job.row)) or path_exists(self._folder(job) / MEMBER)
-
-    def _base_exists(self, job: Job) -> bool:
-        return path_exists(self._folder(job) / FINAL)
 
     def _folder(self, job: Job) -> Path:
         return self.recipes.out / job.folder
