@@ -18,7 +18,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.policy import DiffusersEditOnlyPolicy, DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, normal_noise
-from lvrpo.training.live_bytes import LiveBytes, fake_weights
+from lvrpo.training.memory_estimate import LiveBytes, fake_weights
 from lvrpo.types import FlowSegment, Prompt, Trajectory
 
 ODE = Sampling(
