@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "doubles"))
 from small_vlm import create_vlm, without_videos
 
 from lvrpo.config import parse_section
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling

@@ -28,7 +28,7 @@ from lvrpo.evaluation.benchmarks.wise import WiseRow
 from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.evaluation.items import ItemRecord
 from lvrpo.evaluation.reproduce.plan import RecipeRecord
-from lvrpo.pictures import FORMATS
+from lvrpo.images import FORMATS
 from lvrpo.reading import Record
 from lvrpo.training.run_directory import Manifest, MetricsRow
 from lvrpo.training.state import StateRecord, ValidationRecord

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
-from lvrpo.pictures import load_image
+from lvrpo.images import load_image
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
 EDIT = {"task": "edit", "prompt": "make it blue", "images": ["a.png"]}

@@ -53,7 +53,7 @@ from lvrpo.data.scenes.grammar import (
 )
 from lvrpo.data.scenes.layout import SEEN_PAIRS, Layout
 from lvrpo.data.scenes.objects import GROUNDS, digit_indices, digit_samples, shape_masks
-from lvrpo.pictures import png
+from lvrpo.images import png
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Prompt, TaskKind
 

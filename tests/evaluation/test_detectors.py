@@ -13,7 +13,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.detectors import BACKGROUND, ColorClassifier, Detector, _crop, model_folder
 from lvrpo.evaluation.benchmarks.geneval import Detection
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,7 +21,7 @@ from PIL import Image as PilImage
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.lmms import AnswerFile, Answers, Options
-from lvrpo.pictures import load_image, png
+from lvrpo.images import load_image, png
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.sampling import derive_seed

@@ -26,7 +26,7 @@ from lvrpo.data.tables import DatasetConfig, DatasetPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.suite import find_benchmarks
-from lvrpo.pictures import load_image, png
+from lvrpo.images import load_image, png
 from lvrpo.reading import unused_path
 from lvrpo.registry import resolve
 from lvrpo.report.formatting import share

@@ -13,7 +13,7 @@ import torch
 from lvrpo.commands.infer import prompt, sample
 from lvrpo.commands.options import Options
 from lvrpo.errors import InputError, LvrpoError
-from lvrpo.pictures import middle_square
+from lvrpo.images import middle_square
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.questions import QuestionConfig

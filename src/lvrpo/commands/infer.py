@@ -15,7 +15,7 @@ from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require
 from lvrpo.commands.options import Options, refuse_existing
 from lvrpo.data.jsonl import picture_path
 from lvrpo.errors import InputError
-from lvrpo.pictures import load_image, middle_square, png
+from lvrpo.images import load_image, middle_square, png
 from lvrpo.policies.base import Policy, check_text
 from lvrpo.policies.loading import load_policy, stored_image_size
 from lvrpo.reading import read_lines

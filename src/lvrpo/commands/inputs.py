@@ -14,7 +14,7 @@ from lvrpo.commands.options import Options, refuse_existing
 from lvrpo.config import ALLOW_CODE, Config, load_config
 from lvrpo.data.rows import Row, parse_row
 from lvrpo.errors import InputError
-from lvrpo.pictures import load_image, middle_square
+from lvrpo.images import load_image, middle_square
 from lvrpo.reading import parse_json, path_exists, read_lines
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors

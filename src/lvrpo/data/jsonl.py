@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from lvrpo.config import Config
 from lvrpo.data.rows import Line, RowPrompts, make_line
 from lvrpo.errors import InputError
-from lvrpo.pictures import check_image, load_image
+from lvrpo.images import check_image, load_image
 from lvrpo.reading import parse_json, read_text
 from lvrpo.types import TaskKind
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from lvrpo.pictures import PictureFile, StoredPicture
+from lvrpo.images import PictureFile, StoredPicture
 from lvrpo.types import Image
 
 Leak = Literal["prompt", "content", "look"]

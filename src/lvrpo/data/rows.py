@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lvrpo.data.base import Task
 from lvrpo.data.leakage import file_picture
 from lvrpo.errors import InputError, nearest
+from lvrpo.images import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
 from lvrpo.patterns import compile_pattern
-from lvrpo.pictures import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
 from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, TaskKind
 
 # --- one row ---

@@ -124,7 +124,7 @@ def count_rows(library: ModuleType, kind: str, file: str) -> int:
 
 
 def _stream(library: ModuleType, **arguments: Any) -> Any:
-    """A stream of rows whose pictures are not decoded, which is left to ``lvrpo.pictures`` and its safe formats."""
+    """A stream of rows whose pictures are not decoded, which is left to ``lvrpo.images`` and its safe formats."""
     stream = library.load_dataset(**arguments, streaming=True)
     if stream.features is None:
         stream = stream._resolve_features()

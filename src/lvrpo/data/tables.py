@@ -23,7 +23,7 @@ from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
 from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, open_table, parse_range, suggest
 from lvrpo.errors import InputError
-from lvrpo.pictures import PictureFile, StoredPicture, check_image, load_image
+from lvrpo.images import PictureFile, StoredPicture, check_image, load_image
 from lvrpo.types import TaskKind
 
 Split = Literal["train", "validation", "test"]

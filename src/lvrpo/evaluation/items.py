@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from lvrpo.atomic_io import sync, write_atomic
 from lvrpo.errors import InputError
+from lvrpo.images import load_image, png
 from lvrpo.metrics import ReadBack
-from lvrpo.pictures import load_image, png
 from lvrpo.reading import Record, parse_json, read_json_object, read_text, validate_type
 from lvrpo.rewards.base import offline_group
 from lvrpo.types import Group, Prompt, TextSegment

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lvrpo.evaluation.suite import Evaluation
-from lvrpo.pictures import png
+from lvrpo.images import png
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
 from lvrpo.rewards.success import HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_text

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL import Image as PilImage
 
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.types import Example, TaskKind
 
 TEXT_COLOR, CAPTION_COLOR, BACKGROUND, EMPTY_COLOR = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)

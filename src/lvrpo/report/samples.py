@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import DECODE_ERRORS, open_picture
+from lvrpo.images import DECODE_ERRORS, open_picture
 from lvrpo.records import Sample
 from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.pictures import png
+from lvrpo.images import png
 from lvrpo.reading import parse_json
 from lvrpo.rewards.early import cancellation
 from lvrpo.rewards.secrets import is_variable_name, looks_like_secret

@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
-from lvrpo.pictures import png
+from lvrpo.images import png
 from lvrpo.reading import MIB, read_bytes
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.table import NOT_APPLICABLE

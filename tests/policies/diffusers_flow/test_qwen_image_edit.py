@@ -13,7 +13,7 @@ import torch
 from small_vlm import change_json, without_videos
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.policy import DiffusersEditOnlyPolicy, DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks

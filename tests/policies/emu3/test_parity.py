@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.emu3.policy import Emu3Policy
 from lvrpo.sampling import derive_seed, uniform_noise

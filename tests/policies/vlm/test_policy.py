@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_vlm import change_json
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies import transformers_policy
 from lvrpo.policies.adapter import AdapterConfig, add_adapter, merge
 from lvrpo.policies.base import RolloutPolicy, Sampling, SavedPolicy

@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 
 from lvrpo.data.geneval import COLORS
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.loading import cached_folder
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import read_json_object

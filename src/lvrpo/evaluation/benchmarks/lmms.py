@@ -21,7 +21,7 @@ import torch
 from lvrpo.atomic_io import sync, write_atomic
 from lvrpo.errors import InputError
 from lvrpo.evaluation.items import file_name, whole_lines
-from lvrpo.pictures import load_image, middle_square, png
+from lvrpo.images import load_image, middle_square, png
 from lvrpo.policies.base import Policy, Sampling, require_method
 from lvrpo.reading import parse_typed_json
 from lvrpo.sampling import derive_seed

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.flow import stochastic_steps
 from lvrpo.policies.latent_cache import LatentCache

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
 from lvrpo.types import Image

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import to_pil
+from lvrpo.images import to_pil
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_text_to_text import Chat

@@ -266,7 +266,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     def _encoded(self, image: Image) -> torch.Tensor:
         side = self.image_size
         if image.shape[1:] != (side, side):
-            from lvrpo.pictures import middle_square
+            from lvrpo.images import middle_square
 
             image = middle_square(image, side)
         mean, std = self._moments()

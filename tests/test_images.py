@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
-from lvrpo.pictures import FORMATS, check_image, decode_image, load_image, load_mask, upright_size
+from lvrpo.images import FORMATS, check_image, decode_image, load_image, load_mask, upright_size
 from lvrpo.report.samples import PictureStore
 
 EPS = (
