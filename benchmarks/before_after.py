@@ -15,7 +15,7 @@ import torch
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.report.grids import Tile, picture_grid
+from lvrpo.report.grids import Tile, image_grid
 from lvrpo.rewards.success import successes
 
 MEMBERS = 4
@@ -38,7 +38,7 @@ def main(run: Path, out: Path) -> None:
             for trajectory, ok in zip(groups[p].trajectories, right[p], strict=True):
                 tiles.append(Tile(trajectory.image, name, good=bool(ok)))
         rows.append((" ".join(part for part in prompt.parts if isinstance(part, str)), tiles))
-    picture_grid(rows, tile_size=64).save(out)
+    image_grid(rows, tile_size=64).save(out)
 
 
 if __name__ == "__main__":

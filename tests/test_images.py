@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
 from lvrpo.images import FORMATS, check_image, decode_image, load_image, load_mask, upright_size
-from lvrpo.report.samples import PictureStore
+from lvrpo.report.samples import ImageStore
 
 EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{ } loop\nshowpage\n",
@@ -56,7 +56,7 @@ def test_other_formats_are_refused_everywhere(format: str, monkeypatch: pytest.M
             read(path)
     with pytest.raises(InputError, match="not a picture that can be read"):
         decode_image(content, "row 0")
-    assert PictureStore(Path()).picture("innocent.png") is None
+    assert ImageStore(Path()).picture("innocent.png") is None
     Path("rows.jsonl").write_text(
         json.dumps({"task": "understand", "prompt": "x", "images": [str(path)], "answer": "y"})
     )

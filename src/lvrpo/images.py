@@ -40,7 +40,7 @@ DECODE_ERRORS = (
 
 
 @contextmanager
-def open_picture(source: Path | bytes, name: Path | str) -> Iterator[PilImage.Image]:
+def open_image(source: Path | bytes, name: Path | str) -> Iterator[PilImage.Image]:
     """An open picture, pixels not yet decoded; ``name`` is used in error messages.
 
     Raises InputError if the source is not a regular file, is not a picture of ``FORMATS``, is damaged or animated, or
@@ -114,7 +114,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
-class StoredPicture:
+class StoredImage:
     """The bytes of a picture file inside a table or an archive."""
 
     name: str
@@ -125,19 +125,19 @@ class StoredPicture:
         return self.name
 
 
-PictureFile = Path | StoredPicture
+ImageFile = Path | StoredImage
 
 
-def check_image(file: PictureFile) -> tuple[int, int]:
+def check_image(file: ImageFile) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
-    with open_picture(*_opened(file)) as picture:
+    with open_image(*_opened(file)) as picture:
         return picture.size
 
 
-def upright_size(file: PictureFile) -> tuple[int, int]:
+def upright_size(file: ImageFile) -> tuple[int, int]:
     """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
     path = str(file)
-    with open_picture(*_opened(file)) as picture:
+    with open_image(*_opened(file)) as picture:
         width, height = picture.size
         try:
             sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
@@ -146,30 +146,30 @@ def upright_size(file: PictureFile) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
-def load_mask(file: PictureFile) -> torch.Tensor:
+def load_mask(file: ImageFile) -> torch.Tensor:
     """A picture as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
     return load_image(file).mean(dim=0) > 0.5
 
 
-def load_image(file: PictureFile) -> Image:
+def load_image(file: ImageFile) -> Image:
     """Reads a picture: float32 (3, height, width) in [0, 1].
 
     Any mode is taken: transparency is composited on white, the EXIF orientation applied, gray and palette and CMYK
     pictures converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
     missing, no picture, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
     """
-    with open_picture(*_opened(file)) as opened:
+    with open_image(*_opened(file)) as opened:
         return _pixels(opened, str(file))
 
 
 def decode_image(content: bytes, name: str) -> Image:
     """A picture from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
-    with open_picture(content, name) as opened:
+    with open_image(content, name) as opened:
         return _pixels(opened, name)
 
 
-def _opened(file: PictureFile) -> tuple[Path | bytes, Path | str]:
-    """Opens any source that ``open_picture`` accepts."""
+def _opened(file: ImageFile) -> tuple[Path | bytes, Path | str]:
+    """Opens any source that ``open_image`` accepts."""
     return (file, file) if isinstance(file, Path) else (file.content, file.name)
 
 

@@ -21,13 +21,13 @@ from lvrpo.data.leakage import (
     ComparedPrompt,
     Index,
     Overlap,
+    compared_pixels,
     differing_bits,
     leaks,
     ngrams,
     normalized,
     operands,
     perceptual_hash,
-    pixel_picture,
     prompts_fingerprint,
     without_wording,
 )
@@ -117,16 +117,16 @@ def picture(color: str = "red", row: int = 0) -> torch.Tensor:
 
 def test_equal_pixels_have_one_digest_and_others_another() -> None:
     saved = torch.from_numpy((picture() * 255).round().numpy()) / 255  # as a file of 8 bits gives it back
-    assert pixel_picture(picture()) == pixel_picture(saved)
+    assert compared_pixels(picture()) == compared_pixels(saved)
     one_pixel = picture()
     one_pixel[0, 0, 0] += 1 / 255
-    assert pixel_picture(one_pixel).digest != pixel_picture(picture()).digest
+    assert compared_pixels(one_pixel).digest != compared_pixels(picture()).digest
 
 
 def test_noise_looks_alike_and_another_color_does_not() -> None:
     def bits(image: torch.Tensor) -> int:
-        look = pixel_picture(picture()).phash
-        return int(differing_bits(look, [pixel_picture(image).phash])[0])
+        look = compared_pixels(picture()).phash
+        return int(differing_bits(look, [compared_pixels(image).phash])[0])
 
     noisy = picture() + 0.004 * torch.randn(3, 32, 32)
     assert bits(picture()) == 0
@@ -137,7 +137,7 @@ def test_noise_looks_alike_and_another_color_does_not() -> None:
 
 def test_different_pictures_of_the_world_are_told_apart() -> None:
     prompts = ScenePrompts(ScenesConfig(), "train").prompts("understand", 1200)
-    images = {pixel_picture(p.parts[0], phash=False).digest: p.parts[0] for p in prompts}  # type: ignore[arg-type]
+    images = {compared_pixels(p.parts[0], phash=False).digest: p.parts[0] for p in prompts}  # type: ignore[arg-type]
     looks = [perceptual_hash((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images.values()]  # type: ignore[union-attr]
     alike = sum(int((differing_bits(look, looks[:i]) <= PHASH_BITS).sum()) for i, look in enumerate(looks) if i)
     assert len(looks) > 290

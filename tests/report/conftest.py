@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from lvrpo.report import Tile, picture_grid
+from lvrpo.report import Tile, image_grid
 
 COLORS = {"red": (214, 54, 46), "blue": (46, 92, 214), "green": (40, 150, 70), "yellow": (236, 190, 40)}
 CATEGORIES = {
@@ -72,7 +72,7 @@ def write_run(folder: Path, steps: int = 60, seed: int = 7) -> Path:
         grid.parent.mkdir(parents=True)
         captions = ["two red circles left of a blue star", "a large handwritten 7 under three small yellow squares"]
         rows = [(c, [Tile(draw_scene(rng, 2), f"facts {k / 8:.2f}", k > 4) for k in range(8)]) for c in captions]
-        picture_grid(rows).save(grid)
+        image_grid(rows).save(grid)
         (grid.parent / "groups.jsonl").write_text('{"id": "train-1", "members": [{"image": null}]}\n', encoding="utf-8")
     return folder
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from lvrpo.commands.progress import text_table
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate, Metrics
-from lvrpo.report import Tile, compare_runs, formatting, picture_grid
+from lvrpo.report import Tile, compare_runs, formatting, image_grid
 from lvrpo.report.charts import nice_ticks, reward_charts
 from lvrpo.report.formatting import change
 from lvrpo.report.tables import TextTable
@@ -117,13 +117,13 @@ def test_grid_of_tensors_and_pictures() -> None:
             [Tile(None, "nothing"), Tile(Image.new("RGB", (8, 4)))],
         ),
     ]
-    grid = picture_grid(rows, tile_size=96)
+    grid = image_grid(rows, tile_size=96)
     assert grid.mode == "RGB"
     colors = {color for _, color in grid.getcolors(maxcolors=1 << 24) or []}
     assert {(255, 0, 0), (128, 128, 128), (0, 122, 94), (200, 70, 20)} <= colors
     enlarged = sum(count for count, color in grid.getcolors(maxcolors=1 << 24) or [] if color == (255, 0, 0))
     assert enlarged == 96 * 96
-    assert picture_grid([]).size[0] > 0
+    assert image_grid([]).size[0] > 0
 
 
 def test_comparison(tmp_path: Path, make_run: MakeRun) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lvrpo.errors import ContractError, InputError
-from lvrpo.rewards.endpoint import NoAnswer, picture_url
+from lvrpo.rewards.endpoint import NoAnswer, image_url
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
@@ -156,7 +156,7 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
     group: Callable[..., Group], server: Any, tmp_path: Path
 ) -> None:
     edit = Prompt("e", "edit", (picture(0.1), "make the cube red"), ("image",))
-    source, result = ({"type": "image_url", "image_url": {"url": picture_url(picture(x))}} for x in (0.1, 0.5))
+    source, result = ({"type": "image_url", "image_url": {"url": image_url(picture(x))}} for x in (0.1, 0.5))
     said = {"what": "red", "is": "yes", "how": "two"}
 
     def answer(body: dict[str, Any]) -> str:

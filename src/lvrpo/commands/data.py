@@ -18,7 +18,7 @@ from lvrpo.commands.progress import text_table, wide_console
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.config_errors import nearest
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.data.leakage import ComparedPrompt, Index, Overlap, Shared, compared_rows, duplicates, leaks, pixel_picture
+from lvrpo.data.leakage import ComparedPrompt, Index, Overlap, Shared, compared_pixels, compared_rows, duplicates, leaks
 from lvrpo.data.rows import RowPrompts
 from lvrpo.data.scenes import VOCABULARY, ScenePrompts, ScenesConfig, Split, web_corpus
 from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, compared_examples, compared_prompts
@@ -173,7 +173,7 @@ def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[st
 
     def read(path: Path) -> list[ComparedPrompt]:
         source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
-        return list(compared_rows(source.rows(), lambda picture: pixel_picture(load_image(picture))))
+        return list(compared_rows(source.rows(), lambda picture: compared_pixels(load_image(picture))))
 
     return {split: read(path) for split, path in paths.items()}
 
@@ -228,7 +228,7 @@ def check(options: Options) -> None:
         write_file(file, png(sheet), options.force)
         console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
     compared = {
-        split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
+        split: list(compared_rows(rows.rows(), lambda picture: compared_pixels(load_image(picture))))
         for split, rows in splits.items()
     }
     for split, prompts in compared.items():

@@ -13,7 +13,7 @@ import torch
 
 from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, write_file
 from lvrpo.commands.options import Options, refuse_existing
-from lvrpo.data.jsonl import picture_path
+from lvrpo.data.jsonl import image_path
 from lvrpo.errors import InputError
 from lvrpo.images import load_image, middle_square, png
 from lvrpo.policies.base import Policy, check_text
@@ -135,7 +135,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
         parsed = checked_row(row, "understand", where)
         if parsed.kinds != ("text",) or not parsed.images:
             raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
-        paths = [picture_path(table.parent, name, where, root=root) for name in parsed.images]
+        paths = [image_path(table.parent, name, where, root=root) for name in parsed.images]
         images = [load_image(path) for path in paths]
         if side is not None:
             odd += [path for path, image in zip(paths, images, strict=True) if image.shape[1:] != (side, side)]

@@ -153,7 +153,7 @@ share = number(0, 1)
 gibibytes = number(0.001, 100_000, "a number of GiB, such as 78,")
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):

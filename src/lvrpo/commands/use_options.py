@@ -14,9 +14,9 @@ from lvrpo.commands.options import (
     add_seed,
     add_threads,
     guidance,
+    image_size,
     max_new_tokens,
     num_steps,
-    picture_size,
     port,
     share,
     up_to,
@@ -70,7 +70,7 @@ def _generate_options(parser: Parser) -> None:
     )
     parser.add_argument("--count", type=up_to(10_000), default=1, metavar="N", help="images per prompt (default: 1)")
     parser.add_argument(
-        "--size", type=picture_size, metavar="WxH", help="image size in pixels (default: the model's own)"
+        "--size", type=image_size, metavar="WxH", help="image size in pixels (default: the model's own)"
     )
     _drawing_options(parser)
 

@@ -66,7 +66,7 @@ def _read(
         if not text.strip():
             continue
         where = f"{path}:{number}"
-        find = partial(picture_path, path.parent, where=where, decode=decode, root=root)
+        find = partial(image_path, path.parent, where=where, decode=decode, root=root)
         try:
             found = parse_json(text, where, "one object per line", unique_keys=True)
             lines.append(make_line(found, where, f"{path.stem}:{number}", path.name, task, find))
@@ -77,7 +77,7 @@ def _read(
     return lines
 
 
-def picture_path(folder: Path, name: str, where: str, decode: bool = False, root: Path | None = None) -> Path:
+def image_path(folder: Path, name: str, where: str, decode: bool = False, root: Path | None = None) -> Path:
     """The path of a picture that lies in the folder or in ``root``, links followed.
 
     Raises InputError that begins with ``where``.

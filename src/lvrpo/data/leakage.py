@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from lvrpo.images import PictureFile, StoredPicture
+from lvrpo.images import ImageFile, StoredImage
 from lvrpo.types import Image
 
 Leak = Literal["prompt", "content", "look"]
@@ -36,7 +36,7 @@ _TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?!\w)|\w+|[^\w\s.,;:!?…'\"“”‘’«
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ComparedImage:
     """The properties of a picture that are compared."""
 
     digest: str
@@ -53,7 +53,7 @@ class ComparedPrompt:
     """Its id, or file:line."""
     task: str
     text: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[ComparedImage, ...] = ()
     content: str = ""
     """A canonical form of its content, the same for all wordings; empty where it is not known."""
 
@@ -135,19 +135,19 @@ def operands(text: str) -> str:
     return " ".join(sorted(words)) if len(numbers) > 1 else ""
 
 
-def file_picture(file: PictureFile) -> Picture:
+def compared_file(file: ImageFile) -> ComparedImage:
     """A picture by the bytes of its file, undecoded."""
-    if isinstance(file, StoredPicture):
-        return Picture(hashlib.sha256(file.content).hexdigest())
+    if isinstance(file, StoredImage):
+        return ComparedImage(hashlib.sha256(file.content).hexdigest())
     with file.open("rb") as opened:
-        return Picture(hashlib.file_digest(opened, "sha256").hexdigest())
+        return ComparedImage(hashlib.file_digest(opened, "sha256").hexdigest())
 
 
-def pixel_picture(image: Image, phash: bool = True) -> Picture:
+def compared_pixels(image: Image, phash: bool = True) -> ComparedImage:
     """A picture by its pixels in 8 bits and, unless ``phash`` is false, by its perceptual hash."""
     pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
-    return Picture(digest, perceptual_hash(pixels) if phash else b"")
+    return ComparedImage(digest, perceptual_hash(pixels) if phash else b"")
 
 
 def perceptual_hash(pixels: np.ndarray) -> bytes:
@@ -273,10 +273,10 @@ def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
 
 
 def compared_rows(
-    rows: Iterable[tuple[str, str, str, tuple[PictureFile, ...]]], picture: Callable[[PictureFile], Picture]
+    rows: Iterable[tuple[str, str, str, tuple[ImageFile, ...]]], picture: Callable[[ImageFile], ComparedImage]
 ) -> Iterable[ComparedPrompt]:
     """(where, task, text, picture files) of rows as prompts to compare; each file is looked at once."""
-    known: dict[str, Picture] = {}
+    known: dict[str, ComparedImage] = {}
     for where, task, text, files in rows:
         for file in files:
             if str(file) not in known:

@@ -15,9 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lvrpo.data.base import Task
-from lvrpo.data.leakage import file_picture
+from lvrpo.data.leakage import compared_file
 from lvrpo.errors import InputError, nearest
-from lvrpo.images import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
+from lvrpo.images import ImageFile, StoredImage, load_image, load_mask, middle_square, upright_size
 from lvrpo.patterns import compile_pattern
 from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, TaskKind
 
@@ -209,14 +209,14 @@ class Line:
     """file:line, or the data set and the number of the row."""
     source: str
     """The name of the file or data set."""
-    images: tuple[PictureFile, ...]
-    targets: tuple[str | PictureFile, ...]
-    mask: PictureFile | None = None
+    images: tuple[ImageFile, ...]
+    targets: tuple[str | ImageFile, ...]
+    mask: ImageFile | None = None
     """The file that the field 'edited' names, if it names one."""
 
 
 def make_line(
-    data: Any, where: str, default_id: str, source: str, task: TaskKind | None, find: Callable[[str], PictureFile]
+    data: Any, where: str, default_id: str, source: str, task: TaskKind | None, find: Callable[[str], ImageFile]
 ) -> Line:
     """The row of decoded JSON with its pictures; raises InputError that begins with ``where``. Any: decoded JSON.
 
@@ -232,9 +232,7 @@ def make_line(
     return Line(row, row.id or default_id, where, source, images, targets, _region(find, row, images, where))
 
 
-def _region(
-    find: Callable[[str], PictureFile], row: Row, images: tuple[PictureFile, ...], where: str
-) -> PictureFile | None:
+def _region(find: Callable[[str], ImageFile], row: Row, images: tuple[ImageFile, ...], where: str) -> ImageFile | None:
     """The file of the mask of an edit; raises InputError where a mask or box does not fit the source."""
     if row.edited is None:
         return None
@@ -290,7 +288,7 @@ class RowPrompts(Task):
     def _valid_numbers(self, problems: list[str] | None) -> list[int]:
         """Sorts the lines by task; one warning for all pictures of another size than the model's."""
         seen: dict[str, str] = {}
-        sizes: dict[PictureFile, tuple[int, int]] = {}
+        sizes: dict[ImageFile, tuple[int, int]] = {}
         numbers: list[int] = []
         for number, line in enumerate(self._lines) if problems is None else self._sound(problems):
             if line.id in seen:
@@ -306,7 +304,7 @@ class RowPrompts(Task):
             self._by_task[line.row.task].append(number)
             for file in (*line.images, *line.targets) if self.side is not None else ():
                 if not isinstance(file, str) and file not in sizes:
-                    key = StoredPicture(file.name, b"") if isinstance(file, StoredPicture) else file
+                    key = StoredImage(file.name, b"") if isinstance(file, StoredImage) else file
                     sizes[key] = upright_size(file)
         if not seen and not problems:
             raise InputError(f"{self.name}: no rows: write one JSON object per line")
@@ -354,7 +352,7 @@ class RowPrompts(Task):
         given = {name: sum(bool(getattr(row, name)) for row in rows) for name in ("answer", "facts", "target")}
         return {"rows": len(rows), **given, "category": len({row.category for row in rows if row.category})}
 
-    def rows(self) -> Iterator[tuple[str, TaskKind, str, tuple[PictureFile, ...]]]:
+    def rows(self) -> Iterator[tuple[str, TaskKind, str, tuple[ImageFile, ...]]]:
         """(file:line, task, text, picture files) of every row, in order."""
         return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._all())
 
@@ -362,8 +360,8 @@ class RowPrompts(Task):
         """SHA-256 of all rows in order, pictures included by the bytes of their files."""
         total = hashlib.sha256()
         for line in self._all():
-            files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, PictureFile)]
-            digests = [file_picture(file).digest for file in files]
+            files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, ImageFile)]
+            digests = [compared_file(file).digest for file in files]
             total.update(f"{line.id} {line.row.model_dump_json()} {digests}\n".encode())
         return total.hexdigest()
 
@@ -419,11 +417,11 @@ class RowPrompts(Task):
         outputs = tuple(t if isinstance(t, str) else self._image(t, line) for t in line.targets)
         return Example(self._prompt(line), outputs)
 
-    def _fitted(self, file: PictureFile) -> Image:
+    def _fitted(self, file: ImageFile) -> Image:
         image = load_image(file)
         return image if self.side is None else middle_square(image, self.side)
 
-    def _image(self, file: PictureFile, line: Line) -> Image:
+    def _image(self, file: ImageFile, line: Line) -> Image:
         try:
             return self._load(file)
         except InputError as error:

@@ -68,7 +68,7 @@ def datasets_library() -> ModuleType:
     return library
 
 
-def is_picture(value: Any) -> bool:
+def is_image(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"bytes", "path"}
 
 
@@ -200,7 +200,7 @@ def _fetched(value: Any) -> Any:
     """A value whose pictures are held by their bytes, wherever their files lie."""
     if isinstance(value, list):
         return [_fetched(each) for each in value]
-    if is_picture(value) and value["bytes"] is None and value["path"] is not None:
+    if is_image(value) and value["bytes"] is None and value["path"] is not None:
         with importlib.import_module("fsspec").open(value["path"], "rb") as file:
             return {"bytes": file.read(), "path": None}
     return value

@@ -18,12 +18,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
-from lvrpo.data.jsonl import picture_path
+from lvrpo.data.jsonl import image_path
 from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
-from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, open_table, parse_range, suggest
+from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_image, open_table, parse_range, suggest
 from lvrpo.errors import InputError
-from lvrpo.images import PictureFile, StoredPicture, check_image, load_image
+from lvrpo.images import ImageFile, StoredImage, check_image, load_image
 from lvrpo.types import TaskKind
 
 Split = Literal["train", "validation", "test"]
@@ -203,7 +203,7 @@ class _Records:
         record = {name: plain(value, self.features[name]) for name, value in stored.items()}
         try:
             fields = mapped(record, self.config)
-            pictures: dict[str, PictureFile] = {}
+            pictures: dict[str, ImageFile] = {}
             for name in PICTURE_FIELDS:
                 if name in fields:
                     fields[name] = _named_pictures(fields[name], f"{where}: {name}", pictures)
@@ -219,12 +219,12 @@ class _Records:
             return ""
         return f" (columns: {{FIELD: COLUMN}}, or a preset; its columns are {', '.join(self.features)})"
 
-    def _picture(self, name: str, pictures: Mapping[str, PictureFile], where: str) -> PictureFile:
+    def _picture(self, name: str, pictures: Mapping[str, ImageFile], where: str) -> ImageFile:
         decode, stored = self.config.check == "pixels", pictures.get(name)
         if stored is None:
             if "://" in name:
                 raise InputError(f"{where}: picture {name!r} is an address: fetch the pictures and give their paths")
-            return picture_path(self.folder, name, where, decode, self.others)
+            return image_path(self.folder, name, where, decode, self.others)
         load_image(stored) if decode else check_image(stored)
         return stored
 
@@ -308,13 +308,13 @@ def _part(record: Mapping[str, Any], column: str) -> Any:
     return found
 
 
-def _named_pictures(value: Any, name: str, pictures: dict[str, PictureFile]) -> Any:
+def _named_pictures(value: Any, name: str, pictures: dict[str, ImageFile]) -> Any:
     """The value of a field with names in place of pictures, which are added to ``pictures``. Any: of a column."""
     if isinstance(value, list):
         return [_named_pictures(each, f"{name}.{i}", pictures) for i, each in enumerate(value)]
-    if is_picture(value):
+    if is_image(value):
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, bytes):
-        pictures[name] = StoredPicture(name, value)
+        pictures[name] = StoredImage(name, value)
         return name
     return value

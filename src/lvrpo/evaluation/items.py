@@ -38,7 +38,7 @@ class Item:
     failure: str = ""
     """Reason of a missing score; "" if every sample has one."""
 
-    def without_pictures(self) -> Item:
+    def without_images(self) -> Item:
         """The item with the texts of its outputs only, because pictures of many prompts do not fit into memory."""
         texts = tuple(
             replace(t, segments=tuple(s for s in t.segments if isinstance(s, TextSegment)))

@@ -329,7 +329,7 @@ def _benchmark_items(
             items = _scored_items(policy, benchmark, rows, settings[task], seed, count, options)
             if folder is not None:
                 folder.write(items)
-            found |= zip(batch, items if with_pictures else [i.without_pictures() for i in items], strict=True)
+            found |= zip(batch, items if with_pictures else [i.without_images() for i in items], strict=True)
     if store is not None and divided:
         folder = _open_folder(store, benchmark.name, own)
         read = {i: folder.read(prompt, counts[i], failed=True) for i, prompt in enumerate(prompts)}

@@ -109,15 +109,15 @@ class ImageTokenPolicy(TransformersPolicy):
 
     @abstractmethod
     def context(self, parts: Parts, output: Sequence[OutputKind]) -> Row:
-        """The row of a prompt, up to the first token of its answer or of ``start_picture``."""
+        """The row of a prompt, up to the first token of its answer or of ``start_image``."""
 
     @abstractmethod
-    def start_picture(self, size: tuple[int, int]) -> list[int]:
+    def start_image(self, size: tuple[int, int]) -> list[int]:
         """Ids that precede the first image token of a drawing of this height and width in pixels."""
 
     @abstractmethod
     def without_prompt(self, row: Row, size: tuple[int, int]) -> Row:
-        """The row of the unconditional branch, for a row that ends with ``start_picture``."""
+        """The row of the unconditional branch, for a row that ends with ``start_image``."""
 
     @abstractmethod
     def code_ids(self, codes: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ class ImageTokenPolicy(TransformersPolicy):
     def _drawing(self, size: tuple[int, int]) -> int:
         """Length of a drawing in a row: its start, its tokens and the ends of its lines."""
         h, w = self._grid(size)
-        return len(self.start_picture(size)) + h * (w + (self.line_end is not None))
+        return len(self.start_image(size)) + h * (w + (self.line_end is not None))
 
     # --- rollout ---
 
@@ -261,7 +261,7 @@ class ImageTokenPolicy(TransformersPolicy):
         for segment in before:
             assert isinstance(segment, TextSegment)
             ids += tuple(segment.tokens[: -1 if segment.ended else None].tolist())
-        return replace(row, ids=(*ids, *self.start_picture(draws)) if draws is not None else ids)
+        return replace(row, ids=(*ids, *self.start_image(draws)) if draws is not None else ids)
 
     def _scored_row(self, t: Trajectory, kinds: Collection[SegmentKind]) -> tuple[Row, list[_Scored]]:
         """A trajectory as one row, up to the last segment of these kinds, and the positions of its segments."""

@@ -1,7 +1,7 @@
 """Reads a run directory; writes one page, tables and pictures. Imports nothing of training."""
 
-from lvrpo.report.grids import Tile, picture_grid
+from lvrpo.report.grids import Tile, image_grid
 from lvrpo.report.page import build_report
 from lvrpo.report.tables import compare_runs
 
-__all__ = ["Tile", "build_report", "compare_runs", "picture_grid"]
+__all__ = ["Tile", "build_report", "compare_runs", "image_grid"]

@@ -30,7 +30,7 @@ class Tile:
     """A green frame and a check mark, a red frame and a cross, or neither."""
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[tuple[str, Sequence[Tile]]], *, tile_size: int = 96, font_size: int = 12, caption_lines: int = 2
 ) -> Image.Image:
     """Rows of (title, tiles) as one RGB picture; small pictures are enlarged to whole pixels with hard edges.
@@ -135,7 +135,7 @@ def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[E
         tiles = [tile for example in found for tile in _tiles(example)]
         for first in range(0, len(tiles), PER_ROW):
             rows.append((f"{task}: {category}", tiles[first : first + PER_ROW]))
-    return picture_grid(rows, tile_size=side, caption_lines=5)
+    return image_grid(rows, tile_size=side, caption_lines=5)
 
 
 def _tiles(example: Example) -> list[Tile]:

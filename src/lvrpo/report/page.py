@@ -33,7 +33,7 @@ from lvrpo.report.charts import (
 )
 from lvrpo.report.formatting import label
 from lvrpo.report.run import MARKERS, RunRecord, load_run
-from lvrpo.report.samples import Picture, PictureStore, sample_sections, task_label
+from lvrpo.report.samples import EmbeddedImage, ImageStore, sample_sections, task_label
 from lvrpo.report.scores import score_table, verdict
 from lvrpo.report.tables import TextTable, collapses, measure_tables, summary_phases
 
@@ -58,7 +58,7 @@ def build_report(run: Path) -> Path:
 
 def render(run: RunRecord) -> str:
     """The page as a string."""
-    store = PictureStore(run.path)
+    store = ImageStore(run.path)
     validation_keys = [key for key in run.metrics.numeric_keys() if key.startswith("validation/")]
     raw = run.summary.raw if run.summary else {}
     problems = list(run.problems)
@@ -177,7 +177,7 @@ def _notes(notes: object) -> list[str]:
     return [_flat(note) for note in notes] if isinstance(notes, list) else [_flat(notes)]
 
 
-def _selected_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Picture]]:
+def _selected_grids(run: RunRecord, store: ImageStore) -> list[tuple[int, EmbeddedImage]]:
     """The first, the middle and the last picture of sampled groups."""
     last = len(run.grids) - 1
     chosen = dict.fromkeys((0, last // 2, last)) if run.grids else {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from lvrpo.errors import InputError
-from lvrpo.images import DECODE_ERRORS, open_picture
+from lvrpo.images import DECODE_ERRORS, open_image
 from lvrpo.records import Sample
 from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord
@@ -29,7 +29,7 @@ class Frame:
 
     phase: str
     sample: Sample | None
-    picture: Picture | None
+    picture: EmbeddedImage | None
 
     @property
     def right(self) -> bool | None:
@@ -56,7 +56,7 @@ class SampleView:
     category: str
     text: str
     answer: str
-    source: Picture | None
+    source: EmbeddedImage | None
     frames: tuple[Frame, ...]
     facts: tuple[tuple[str, str, tuple[bool | None, ...]], ...]
     """(question, answer, whether it holds in each frame)."""
@@ -87,7 +87,7 @@ class SampleSections:
     """The number of prompts that have a score before and after."""
 
 
-def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
+def sample_sections(run: RunRecord, store: ImageStore) -> SampleSections:
     before, after = run.samples("before"), run.samples("after")
     ids = list(dict.fromkeys([*before, *after]))
     phases = _phases(run)
@@ -116,7 +116,7 @@ def _phases(run: RunRecord) -> list[tuple[str, dict[str, Sample]]]:
     return [*ends[0], *middle, *(ends[1] if run.samples("after") else [])]
 
 
-def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: PictureStore) -> SampleView:
+def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: ImageStore) -> SampleView:
     samples = [found.get(sample_id) for _, found in phases]
     known = [sample for sample in samples if sample is not None]
     first = known[0]
@@ -167,7 +167,7 @@ LOSSLESS = 128
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     """A picture ready for ``<img>``."""
 
     uri: str
@@ -179,14 +179,14 @@ class Picture:
         return max(self.width, self.height) <= PIXEL_ART
 
 
-class PictureStore:
+class ImageStore:
     """Reads pictures below one run directory; each file once."""
 
     def __init__(self, run: Path) -> None:
         self.root = run.resolve()
-        self._read: dict[tuple[str, int], Picture | None] = {}
+        self._read: dict[tuple[str, int], EmbeddedImage | None] = {}
 
-    def picture(self, path: str | Path | None, most_side: int = 320) -> Picture | None:
+    def picture(self, path: str | Path | None, most_side: int = 320) -> EmbeddedImage | None:
         """None for a picture that is missing, broken, or outside the run directory."""
         if not path:
             return None
@@ -195,18 +195,18 @@ class PictureStore:
             self._read[key] = self._load(self.root / path, most_side)
         return self._read[key]
 
-    def _load(self, path: Path, most_side: int) -> Picture | None:
+    def _load(self, path: Path, most_side: int) -> EmbeddedImage | None:
         try:
             path = path.resolve()
             if not path.is_relative_to(self.root):
                 return None
-            with open_picture(path, path) as opened:
+            with open_image(path, path) as opened:
                 image = opened.convert("RGB")
         except (InputError, RuntimeError, *DECODE_ERRORS):  # RuntimeError: a link that leads to itself
             return None
         if max(image.size) > most_side:
             image.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
-        return Picture(_uri(image), *image.size)
+        return EmbeddedImage(_uri(image), *image.size)
 
 
 def _uri(image: Image.Image) -> str:

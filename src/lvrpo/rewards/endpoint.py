@@ -281,7 +281,7 @@ def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
     content: list[dict[str, Any]] = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": picture_url(part)}}
+        else {"type": "image_url", "image_url": {"url": image_url(part)}}
         for part in parts
     ]
     return {
@@ -292,7 +292,7 @@ def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
     }
 
 
-def picture_url(image: Image) -> str:
+def image_url(image: Image) -> str:
     """A picture (3, H, W) in [0, 1] as PNG in a data address."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 

@@ -27,7 +27,7 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling, announce
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy, ReadPrompt
 from lvrpo.reading import parse_json
-from lvrpo.rewards.endpoint import HEADERS, LateError, UnreadableError, http_packages, picture_url, post
+from lvrpo.rewards.endpoint import HEADERS, LateError, UnreadableError, http_packages, image_url, post
 from lvrpo.sampling import derive_seed
 from lvrpo.training.policies import weights_checksum
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
@@ -231,7 +231,7 @@ class VLLMServer(InferenceServer):
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": picture_url(part)}}
+            else {"type": "image_url", "image_url": {"url": image_url(part)}}
             for part in prompt.parts
         ]
         body = {
@@ -292,7 +292,7 @@ class SGLangServer(InferenceServer):
             },
             "return_logprob": True,
         }
-        if pictures := [picture_url(part) for part in prompt.parts if not isinstance(part, str)]:
+        if pictures := [image_url(part) for part in prompt.parts if not isinstance(part, str)]:
             body["image_data"] = pictures
         if self.adapter:
             body["lora_path"] = self.adapter

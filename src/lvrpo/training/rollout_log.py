@@ -27,7 +27,7 @@ from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
 from lvrpo.images import png
 from lvrpo.reading import MIB, read_bytes
-from lvrpo.report.grids import Tile, picture_grid
+from lvrpo.report.grids import Tile, image_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.training.data_parallel import gather_groups, local_rows, merge_ranks
@@ -372,7 +372,7 @@ def write_samples(
         rows.append((group.prompt.text, pictures))
     folder = f"samples/{run.samples_dir(step).name}"
     if rows:
-        run.write_bytes(f"{folder}/grid.png", png(picture_grid(rows)))
+        run.write_bytes(f"{folder}/grid.png", png(image_grid(rows)))
     lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, successes, strict=True)]
     run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
 

@@ -111,7 +111,7 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
         require_outputs(config, tasks, source, validator)
     if tasks is not None and not can_draw(tasks):
         require_text_rewards(config, rewards)
-    rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
+    rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_images(validation))
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
 
@@ -321,7 +321,7 @@ def missing_validation_message(config: TrainConfig, source: Task | None, tasks: 
     )
 
 
-def held_out_drawings(source: Task | None) -> list[Example]:
+def held_out_images(source: Task | None) -> list[Example]:
     """Up to ``MAX_JUDGE_IMAGES`` held-out images with their descriptions; none without validation rows."""
     found: dict[str, Example] = {}
     for i in range(MAX_JUDGE_IMAGES if source is not None and "generate" in source.tasks else 0):

@@ -9,7 +9,7 @@ from typing import Any
 from lvrpo.config import read_yaml
 from lvrpo.data.base import DATASETS, ComparableTask
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.data.leakage import ComparedPrompt, Index, compared_rows, file_picture, leaks, prompts_fingerprint
+from lvrpo.data.leakage import ComparedPrompt, Index, compared_file, compared_rows, leaks, prompts_fingerprint
 from lvrpo.data.rows import RowPrompts
 from lvrpo.data.tables import DatasetPrompts
 from lvrpo.errors import ContractError, InputError
@@ -32,7 +32,7 @@ def rows(path: Path, config: JsonlConfig) -> list[ComparedPrompt]:
 
 def compared(source: RowPrompts) -> list[ComparedPrompt]:
     """Rows of the user for the check; images are compared by the bytes of their files."""
-    return list(compared_rows(source.rows(), file_picture))
+    return list(compared_rows(source.rows(), compared_file))
 
 
 def require_no_overlap(index: Index, name: str, others: Iterable[ComparedPrompt], remedy: str) -> None:

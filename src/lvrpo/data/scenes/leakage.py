@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lvrpo.data.leakage import ComparedPrompt, Picture, pixel_picture
+from lvrpo.data.leakage import ComparedImage, ComparedPrompt, compared_pixels
 from lvrpo.data.scenes.grammar import DIGITS, OPPOSITE, PARAPHRASED_WORDINGS, RELATION_PHRASE, WORDINGS
 from lvrpo.data.scenes.verifier import Reading, read
 from lvrpo.types import Example, Image, Prompt
@@ -78,7 +78,7 @@ def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[Comp
     """Prompts of the world as they are compared; ``phash``: pictures by perceptual hashes too, which is slow."""
     to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and prompt.images]
     readings = dict(zip(to_read, read([prompts[i].images[0] for i in to_read]), strict=True))
-    known: dict[int, Picture] = {}
+    known: dict[int, ComparedImage] = {}
     found: list[ComparedPrompt] = []
     for i, prompt in enumerate(prompts):
         content = ""
@@ -110,8 +110,8 @@ def _of_rows(rows: Sequence[Example]) -> Iterable[ComparedPrompt]:
             yield ComparedPrompt(row.prompt.id, "generate", text, (), f"drawing {caption_key(text)}")
 
 
-def _picture(image: Image, known: dict[int, Picture], phash: bool) -> Picture:
+def _picture(image: Image, known: dict[int, ComparedImage], phash: bool) -> ComparedImage:
     """Questions about one picture hold the same tensor: it is hashed once."""
     if id(image) not in known:
-        known[id(image)] = pixel_picture(image, phash)
+        known[id(image)] = compared_pixels(image, phash)
     return known[id(image)]

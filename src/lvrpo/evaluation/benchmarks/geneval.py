@@ -22,7 +22,7 @@ from lvrpo.data.geneval import (
 )
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.detectors import ColorClassifier, Detection, Detector
-from lvrpo.evaluation.benchmarks.drawn import drawn_benchmark
+from lvrpo.evaluation.benchmarks.image_benchmark import image_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
@@ -203,7 +203,7 @@ def geneval_benchmark(
         asked = [text for fact in prompt.facts for text in (fact.question, *(fact.choices or (fact.answer,)))]
         return [str(prompt.parts[0]), *(asked if isinstance(reward, ConfirmedFacts) else ())]
 
-    return drawn_benchmark(
+    return image_benchmark(
         name,
         interleave_categories(prompts),
         reward,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
+from lvrpo.evaluation.benchmarks.image_benchmark import digest, image_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.reading import read_lines
@@ -31,7 +31,7 @@ def build(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     prompts = read_prompts(folder / PROMPTS)
     version = digest("\n".join(str(prompt.parts[0]) for prompt in prompts))
     data = f"{len(prompts)} prompts, {version}"
-    return [drawn_benchmark("ocr", prompts, OCR(), data, "rapidocr, 1 - normalized edit distance")]
+    return [image_benchmark("ocr", prompts, OCR(), data, "rapidocr, 1 - normalized edit distance")]
 
 
 BENCHMARK = PublishedBenchmark(

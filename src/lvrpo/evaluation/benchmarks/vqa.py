@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lvrpo.config import parse_section, read_yaml
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
+from lvrpo.evaluation.benchmarks.image_benchmark import digest, image_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
@@ -39,7 +39,7 @@ SMALLEST = 1e-6
 """Below this a score counts as this in a geometric mean, which one question would otherwise set to 0."""
 
 
-class PictureJudge:
+class ImageJudge:
     """Who looks at drawings: a folder of ``transformers``, an endpoint, or neither, which is the policy's judge."""
 
     def __init__(self, vlm: Path | None = None, device: str = "auto") -> None:
@@ -65,10 +65,10 @@ class QuestionScorer:
     sides: ClassVar = ("read",)
 
     def __init__(self, combine: Combine, vlm: Path | None = None, device: str = "auto") -> None:
-        """``vlm``: see ``PictureJudge``. Raises InputError."""
+        """``vlm``: see ``ImageJudge``. Raises InputError."""
         self.combine = combine
         self._vqa = SelfVQA(choices=BOTH_ORDERS)
-        self._judge = PictureJudge(vlm, device)
+        self._judge = ImageJudge(vlm, device)
         self.judged_by = self._judge.judged_by
 
     def applies(self, prompt: Prompt) -> bool:
@@ -218,7 +218,7 @@ def question_benchmark(
     """A benchmark of drawings whose prompts come with questions."""
     text = "\n".join(str((p.parts, [(f.question, f.answer) for f in p.facts])) for p in prompts)
     data = f"{len(prompts)} prompts, {digest(text)}"
-    return drawn_benchmark(name, prompts, scorer, data, scorer.judged_by, samples=samples, mean_over=mean_over)
+    return image_benchmark(name, prompts, scorer, data, scorer.judged_by, samples=samples, mean_over=mean_over)
 
 
 NEEDS = "nothing: the model's own reading side, --judge MODEL; or --vlm FOLDER or ENDPOINT.yaml"

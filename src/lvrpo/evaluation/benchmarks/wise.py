@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from lvrpo.data.geneval import interleave_categories
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmarks.drawn import digest, drawn_benchmark
+from lvrpo.evaluation.benchmarks.image_benchmark import digest, image_benchmark
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, HubData, PublishedBenchmark, Rows
-from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
+from lvrpo.evaluation.benchmarks.vqa import NEEDS, ImageJudge
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, require_method
 from lvrpo.reading import Record, read_json, validate_type
@@ -176,7 +176,7 @@ class WiScore:
     judges: ClassVar = ("image",)
     sides: ClassVar = ("read",)
 
-    def __init__(self, protocol: Protocol, explanations: Mapping[str, str], judge: PictureJudge) -> None:
+    def __init__(self, protocol: Protocol, explanations: Mapping[str, str], judge: ImageJudge) -> None:
         """``explanations``: by the id of the prompt."""
         self.protocol, self.explanations, self.judge = protocol, explanations, judge
 
@@ -236,12 +236,12 @@ def build(protocol: Protocol, folder: Path, inputs: BenchmarkInputs) -> list[Ben
     rows: dict[str, tuple[Prompt, str]] = {}
     for file in protocol.files:
         rows |= read_rows(folder / file, protocol)
-    judge = PictureJudge(inputs.vlm, inputs.device)
+    judge = ImageJudge(inputs.vlm, inputs.device)
     prompts = interleave_categories([prompt for prompt, _ in rows.values()])
     scorer = WiScore(protocol, {key: explanation for key, (_, explanation) in rows.items()}, judge)
     text = "\n".join(f"{prompt.parts} {explanation}" for prompt, explanation in rows.values())
     data = f"{len(prompts)} prompts, {digest(f'{REQUEST}{protocol.aspects}{text}')}"
-    return [drawn_benchmark(protocol.name, prompts, scorer, data, judge.judged_by)]
+    return [image_benchmark(protocol.name, prompts, scorer, data, judge.judged_by)]
 
 
 def files_of(rows: Mapping[str, Rows], protocol: Protocol) -> dict[str, str]:

@@ -38,7 +38,7 @@ PosteriorNoise = Callable[[Image, tuple[int, int, int]], torch.Tensor]
 """(image at the size that is encoded, shape (z, h, w)) -> the standard normal draw of its posterior."""
 
 
-def picture_noise(image: Image, shape: tuple[int, int, int]) -> torch.Tensor:
+def image_noise(image: Image, shape: tuple[int, int, int]) -> torch.Tensor:
     """A draw that is a function of the image alone, so that every policy and every replay sees one context."""
     digest = hashlib.blake2b(to_uint8(image).tobytes(), digest_size=16).hexdigest()
     return normal_noise([derive_seed("posterior", digest, *image.shape[1:])], shape)[0]
@@ -52,7 +52,7 @@ class BagelEncoders(nn.Module):
         width = config.transformer.width
         self.config = config
         self.channels = config.channels
-        self.posterior_noise: PosteriorNoise = picture_noise
+        self.posterior_noise: PosteriorNoise = image_noise
         self._latents = LatentCache()
         self.embed_tokens_table = nn.Embedding(config.vocabulary_size, width)
         self.lm_head = nn.Linear(width, config.vocabulary_size, bias=False)
@@ -331,7 +331,7 @@ class ResizeRule(Config):
     def apply(self, image: Image) -> Image:
         """The image at its size, in 8-bit steps, by bicubic resampling."""
         height, width = image.shape[1:]
-        return resized(image, *self.size(width, height))
+        return resize_with_pil(image, *self.size(width, height))
 
     def _scaled(self, side: int, scale: float) -> int:
         return max(self.stride, int(round(round(side * scale) / self.stride) * self.stride))
@@ -343,7 +343,7 @@ def to_uint8(image: Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def resized(image: Image, width: int, height: int) -> Image:
+def resize_with_pil(image: Image, width: int, height: int) -> Image:
     """The image in 8-bit steps at another size."""
     pixels = to_uint8(image)
     if pixels.shape[:2] != (height, width):

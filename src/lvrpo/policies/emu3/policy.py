@@ -165,14 +165,14 @@ class Emu3Policy(ImageTokenPolicy):
         """Ids of a picture, ends of lines included, (h * (w + 1),)."""
         return self.picture_ids(self.encode_image(picture))
 
-    def start_picture(self, size: tuple[int, int]) -> list[int]:
+    def start_image(self, size: tuple[int, int]) -> list[int]:
         """Height and width in tokens, between the markers of a picture and of its tokens."""
         processor, (h, w) = self.chat.processor, self._grid(size)
         return self._encoded(f"{processor.image_start_token}{h}*{w}{processor.fake_token_around_image}")
 
     def without_prompt(self, row: Row, size: tuple[int, int]) -> Row:
         """The row of an empty prompt."""
-        return Row((self.chat.tokenizer.bos_token_id, *self.start_picture(size)))
+        return Row((self.chat.tokenizer.bos_token_id, *self.start_image(size)))
 
     def reading_row(self, part: Part) -> tuple[Row, list[int]]:
         """See ``ImageTokenPolicy.reading_row``; the positions skip the ends of lines."""
@@ -182,7 +182,7 @@ class Emu3Policy(ImageTokenPolicy):
             ids = self._encoded(part)
             return Row((*begin, *ids)), list(range(1, 1 + len(ids)))
         h, w = self.encode_image(part).shape
-        begin += self.start_picture((h * self.token_side, w * self.token_side))
+        begin += self.start_image((h * self.token_side, w * self.token_side))
         places = [len(begin) + y * (w + 1) + x for y in range(h) for x in range(w)]
         return Row((*begin, *self._lines(part).tolist())), places
 

@@ -120,7 +120,7 @@ class JanusPolicy(ImageTokenPolicy):
         pictures = tuple(part for part in parts if isinstance(part, torch.Tensor))
         return Row(tuple(self.processor.prompt(parts, "image" in output)), pictures)
 
-    def start_picture(self, size: tuple[int, int]) -> list[int]:
+    def start_image(self, size: tuple[int, int]) -> list[int]:
         """The marker that begins a drawing."""
         return [self.processor.ids["boi_token"]]
 

@@ -83,7 +83,7 @@ class ImageSettings(Config):
         if (height, width) != (self.size, self.size):
             scale = self.size / max(height, width)
             fitted = [max(round(side * scale), self.min_size) for side in (height, width)]
-            image = resized(image, fitted[0], fitted[1], "bilinear" if self.resample == 2 else "bicubic")
+            image = resize_in_8_bits(image, fitted[0], fitted[1], "bilinear" if self.resample == 2 else "bicubic")
         height, width = image.shape[1:]
         side = max(height, width)
         ground = [int(255 * mean) / 255 for mean in self.image_mean]
@@ -93,7 +93,7 @@ class ImageSettings(Config):
         return square
 
 
-def resized(image: Image, height: int, width: int, mode: str) -> Image:
+def resize_in_8_bits(image: Image, height: int, width: int, mode: str) -> Image:
     """A picture of another size, as PIL resizes it: along rows, then columns, in 8 bits."""
     for size in ((image.shape[1], width), (height, width)):
         image = functional.interpolate(image[None], size, mode=mode, align_corners=False, antialias=True)[0]

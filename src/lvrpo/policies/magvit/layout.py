@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from lvrpo.errors import InputError
 from lvrpo.policies.byte_level import parse_tokenizer
-from lvrpo.policies.janus.processor import resized
+from lvrpo.policies.janus.processor import resize_in_8_bits
 from lvrpo.reading import parse_json, read_bytes
 from lvrpo.types import Image
 
@@ -184,7 +184,7 @@ def square(image: Image, side: int) -> torch.Tensor:
     if (height, width) != (side, side):
         short = min(height, width)
         tall, wide = (int(side * length / short) for length in (height, width))
-        image = resized(image, tall, wide, "bicubic")
+        image = resize_in_8_bits(image, tall, wide, "bicubic")
         top, left = round((tall - side) / 2), round((wide - side) / 2)
         image = image[:, top : top + side, left : left + side]
     return image * 2 - 1

@@ -18,7 +18,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def drawn_benchmark(
+def image_benchmark(
     name: str,
     prompts: Sequence[Prompt],
     reward: Reward,
