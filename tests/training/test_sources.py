@@ -270,18 +270,19 @@ def test_wrong_fields_are_named(make: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "words"),
+    ("kind", "words"),
     [
-        ("config.json", {"model_type": "multi_modality"}, "a Janus, which draws with image tokens"),
-        ("config.json", {"model_type": "gpt2"}, "a model of type 'gpt2'"),
+        ("multi_modality", r"a Janus in the layout of its makers: .*, such as deepseek-community/Janus-Pro-1B$"),
+        ("Emu3", r"an Emu3 in the layout of its makers: .*, like BAAI/Emu3-Gen-hf$"),
+        ("gpt2", r"type 'gpt2': not supported: lvrpo knows .*nearest is bagel; .*your_model.md"),
+        ("janus_flow", r"type 'janus_flow': not supported: .*nearest is janus; "),
     ],
 )
-def test_another_family_is_named_with_the_nearest_and_the_page(file: str, content: dict[str, str], words: str) -> None:
+def test_another_family_is_named_with_what_to_use(kind: str, words: str) -> None:
     Path("model").mkdir()
-    Path("model", file).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"not supported: lvrpo knows .*nearest is bagel.*your_model.md") as caught:
+    Path("model/config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(InputError, match=words):
         model_type(Path("model"))
-    assert words in str(caught.value)
 
 
 def test_another_pipeline_is_named_with_those_that_are_trained() -> None:

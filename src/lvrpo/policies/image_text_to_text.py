@@ -21,7 +21,7 @@ from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
-from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, save_model
+from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, require_same_pictures, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, require_room
 from lvrpo.reading import read_bytes
@@ -439,6 +439,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 "one that continues its prompt, such as a Qwen-VL"
             )
         chat = Chat.load(folder)
+        require_same_pictures(folder, chat.processor, config)
         return cls(load_model(folder, dtype, KIND, weights=weights), chat)
 
 

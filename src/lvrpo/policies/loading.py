@@ -229,7 +229,7 @@ def model_type(folder: Path) -> str:
             f"{folder}: model_type {names[0]!r} is computed by code in that folder (auto_map), which lvrpo never runs: "
             "use a model that transformers has itself, or a newer transformers"
         )
-    raise InputError(foreign_model(folder, family or f"a model of type {names[0]!r}"))
+    raise InputError(f"{folder}: holds {family}" if family else foreign_model(folder, names[0]))
 
 
 def image_text_to_text_types(kind: str) -> Mapping[str, str]:
@@ -246,21 +246,23 @@ def image_text_to_text_types(kind: str) -> Mapping[str, str]:
 CLASSES: Mapping[str, str] = {"Showo": "showo", "Showo2Qwen2_5": "showo2"}
 """``_class_name`` in a config.json without model_type, to an entry of ``POLICIES``."""
 FAMILIES: Mapping[str, str] = {
-    "multi_modality": "a Janus, which draws with image tokens, in the layout of its makers (that of transformers is "
-    "read, such as deepseek-community/Janus-Pro-1B)",
-    "emu3": "an Emu3, which draws with image tokens, in the layout of its makers (that of transformers is read, such "
-    "as BAAI/Emu3-Chat-hf)",
-    "sd3": "the transformer of a Stable Diffusion 3 alone (its whole pipeline is read, with model_index.json)",
-    "flux": "the transformer of a FLUX alone (its whole pipeline is read, with model_index.json)",
+    "multi_modality": "a Janus in the layout of its makers: not supported: use that of transformers, such as "
+    "deepseek-community/Janus-Pro-1B",
+    "emu3": "an Emu3 in the layout of its makers: not supported: use that of transformers, like BAAI/Emu3-Gen-hf",
+    "sd3": "the transformer of a Stable Diffusion 3 alone: not supported: use its whole pipeline, with model_index.json",
+    "flux": "the transformer of a FLUX alone: not supported: use its whole pipeline, with model_index.json",
 }
-"""Known model families without a policy, by a part of their model type or class name."""
+"""Known models in a form that is not read, and what to use instead, by a part of their model type or class name."""
 
 
-def foreign_model(folder: Path, family: str) -> str:
-    """The error message for a model of another family."""
+def foreign_model(folder: Path, kind: str) -> str:
+    """The error message for a model of another type."""
+    own = [name for name in POLICIES if not name.startswith("diffusers") and name != "image_text_to_text"]
+    near = difflib.get_close_matches(kind.lower(), own, n=1) or ["bagel"]
     return (
-        f"{folder}: holds {family}: not supported: lvrpo knows {', '.join(POLICIES)}; the nearest is bagel, which "
-        "reads and draws (by a flow); docs/guides/your_model.md shows how to add one"
+        f"{folder}: holds a model of type {kind!r}: not supported: lvrpo knows {', '.join(own)}, pipelines of "
+        f"diffusers and image-text-to-text models of transformers; the nearest is {near[0]}; docs/guides/your_model.md "
+        "shows how to add one"
     )
 
 

@@ -80,6 +80,31 @@ def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
 
 
+PICTURE_SIZES = (
+    ("patch_size", "patch_size"),
+    ("merge_size", "spatial_merge_size"),
+    ("temporal_patch_size", "temporal_patch_size"),
+)
+"""Numbers of a processor of pictures, and of the vision encoder that they must equal."""
+
+
+def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
+    """Raises InputError where a processor makes other tokens of a picture than the model has features of it.
+
+    Any: a processor and a configuration of an optional package; not all have these numbers.
+    """
+    vision, pictures = getattr(config, "vision_config", None), processor.image_processor
+    pairs = [(own, getattr(pictures, own, None), getattr(vision, other, None)) for own, other in PICTURE_SIZES]
+    pairs.append(
+        ("image_token_id", getattr(processor, "image_token_id", None), getattr(config, "image_token_id", None))
+    )
+    for name, own, other in pairs:
+        if isinstance(own, int) and isinstance(other, int) and own != other:
+            raise InputError(
+                f"{folder}: its processor has {name}={own}, config.json says {other}: use one model's files"
+            )
+
+
 def save_model(model: Any, folder: Path) -> None:
     """Writes config.json and the weights, at the dtype and under the published names that they were loaded with.
 

@@ -170,3 +170,11 @@ def test_damaged_weights_are_one_line(part: str, how: str, sd3: Path) -> None:
         load_policy(sd3)
     assert part.partition("/")[0] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "tokenizer_3/tokenizer_config.json"])
+def test_a_tokenizer_without_a_file_is_one_line(name: str, sd3: Path) -> None:
+    (sd3 / name).unlink()
+    folder, _, file = name.partition("/")
+    with pytest.raises(InputError, match=f"sd3/{folder}: holds no {file}.*: fetch the files again"):
+        load_policy(sd3)

@@ -166,6 +166,10 @@ def test_what_it_cannot_be_asked_is_one_line(policy: DiffusersPolicy, sources: l
 
 def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None:
     folder = Path(shutil.copytree(folders(KIND), "edits"))
-    (folder / "processor/preprocessor_config.json").write_text("{")
+    file = folder / "processor/preprocessor_config.json"
+    change_json(file, merge_size=1)
+    with pytest.raises(InputError, match=r"edits/processor: its processor has merge_size=1, config\.json says 2"):
+        load_policy(folder)
+    file.write_text("{")
     with pytest.raises(InputError, match=r"edits/processor: cannot be loaded \(.*\): restore the folder"):
         load_policy(folder)

@@ -311,6 +311,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (delete("tokenizer.json"), "holds no tokenizer.json: copy it"),
     "damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "processor cannot be loaded"),
     "no pictures": (delete("preprocessor_config.json"), "holds no preprocessor_config.json: copy it"),
+    "other places of pictures": (
+        lambda folder: change_json(folder / "preprocessor_config.json", merge_size=1),
+        "its processor has merge_size=1, config.json says 2",
+    ),
+    "another token of pictures": (change_config(image_token_id=9), "image_token_id=5, config.json says 9"),
     "no template": (delete("chat_template.jinja"), "has no chat template: copy chat_template.jinja"),
     "code of its own": (
         change_config(model_type="clever_vl", auto_map={"AutoModel": "modeling_clever.Clever"}),

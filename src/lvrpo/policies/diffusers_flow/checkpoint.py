@@ -30,6 +30,8 @@ WEIGHTS = "diffusion_pytorch_model"
 """Stem of the files of a model of diffusers."""
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 """The class of scheduler whose sigmas are the times of a rectified flow."""
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
+"""Files of a tokenizer: one of these sets. Without them, transformers makes one that knows no words."""
 COPIED = (".json", ".txt", ".model", ".safetensors", ".jinja")
 """Endings of the files of a frozen part."""
 
@@ -113,6 +115,11 @@ def _load_part(folder: Path, cls: Any, dtype: torch.dtype, weights: bool) -> Any
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: fetch the whole pipeline")
+    if folder.name.startswith(("tokenizer", "processor")):
+        if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+            raise InputError(f"{folder}: holds no tokenizer.json, nor vocab.json and merges.txt: fetch the files again")
+        if not (folder / "tokenizer_config.json").is_file():
+            raise InputError(f"{folder}: holds no tokenizer_config.json: fetch the files again")
     options: dict[str, Any] = {}
     read = cls.from_pretrained
     is_model = issubclass(cls, nn.Module)

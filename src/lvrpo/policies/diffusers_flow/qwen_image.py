@@ -12,6 +12,7 @@ from torch import nn
 from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
+from lvrpo.policies.transformers_checkpoint import require_same_pictures
 from lvrpo.types import Image
 
 
@@ -92,6 +93,11 @@ class QwenImageEdit(QwenImage):
 
     components = (*QwenImage.components, "processor")
     encodes_source = True
+
+    def __init__(self, pipe: Any, folder: Path) -> None:
+        """Raises InputError where the processor and the text encoder do not belong together."""
+        super().__init__(pipe, folder)
+        require_same_pictures(folder / "processor", pipe.processor, pipe.text_encoder.config)
 
     @classmethod
     def part_class(cls, part: str, found: Any) -> Any:
