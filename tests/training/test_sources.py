@@ -272,8 +272,8 @@ def test_wrong_fields_are_named(make: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("multi_modality", r"a Janus in the layout of its makers: .*, such as deepseek-community/Janus-Pro-1B$"),
-        ("Emu3", r"an Emu3 in the layout of its makers: .*, like BAAI/Emu3-Gen-hf$"),
+        ("multi_modality", r"a Janus in its makers' layout: .*, such as deepseek-community/Janus-Pro-1B$"),
+        ("Emu3", r"an Emu3 in its makers' layout: .*, such as BAAI/Emu3-Gen-hf$"),
         ("gpt2", r"type 'gpt2': not supported: lvrpo knows .*nearest is bagel; .*your_model.md"),
         ("janus_flow", r"type 'janus_flow': not supported: .*nearest is janus; "),
     ],

@@ -246,11 +246,11 @@ def image_text_to_text_types(kind: str) -> Mapping[str, str]:
 CLASSES: Mapping[str, str] = {"Showo": "showo", "Showo2Qwen2_5": "showo2"}
 """``_class_name`` in a config.json without model_type, to an entry of ``POLICIES``."""
 FAMILIES: Mapping[str, str] = {
-    "multi_modality": "a Janus in the layout of its makers: not supported: use that of transformers, such as "
+    "multi_modality": "a Janus in its makers' layout: not supported: use that of transformers, such as "
     "deepseek-community/Janus-Pro-1B",
-    "emu3": "an Emu3 in the layout of its makers: not supported: use that of transformers, like BAAI/Emu3-Gen-hf",
-    "sd3": "the transformer of a Stable Diffusion 3 alone: not supported: use its whole pipeline, with model_index.json",
-    "flux": "the transformer of a FLUX alone: not supported: use its whole pipeline, with model_index.json",
+    "emu3": "an Emu3 in its makers' layout: not supported: use that of transformers, such as BAAI/Emu3-Gen-hf",
+    "sd3": "the transformer of a Stable Diffusion 3 alone: not supported: use the pipeline that holds model_index.json",
+    "flux": "the transformer of a FLUX alone: not supported: use the pipeline that holds model_index.json",
 }
 """Known models in a form that is not read, and what to use instead, by a part of their model type or class name."""
 

@@ -61,20 +61,24 @@ def train(config: TrainConfig, folder: str) -> None:
         assert trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["sd3-tiny", "kontext-tiny"])
-@pytest.mark.parametrize("method", METHODS)
+EDITS = {"kontext-tiny": ("flow_grpo", "nft"), "qwen-image-edit-tiny": ("flow_grpo",)}
+"""Methods that cover what the calls of a pipeline with edits add."""
+RUNS = [(method, kind) for kind in ("sd3-tiny", *EDITS) for method in EDITS.get(kind, METHODS)]
+
+
+@pytest.mark.parametrize(("method", "kind"), RUNS)
 def test_every_method_of_flows_trains(
     method: str, kind: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path]
 ) -> None:
-    if kind == "kontext-tiny" and method not in ("flow_grpo", "nft"):
-        pytest.skip("two methods cover what its call adds")
     settings = [*small(folders(kind)), *METHODS[method], "rollout.guidance_scale=2", "steps=1"]
     if kind == "kontext-tiny":  # its guidance has no branch to detach
         settings += [JOINT, "data.prompts_per_step={generate: 1, understand: 0, edit: 1, reason: 0}"]
+    if kind == "qwen-image-edit-tiny":
+        settings += ["data.prompts_per_step={edit: 1}", "validation.prompts={edit: 1}"]
     train(load_config(TrainConfig, shipped_configs()["sd35_medium"], settings), "run")
     (row,) = RunDirectory.read(Path("run")).metrics()[1:]
     assert row["grad_norm/generate"] > 0
-    assert ("loss/flow/edit" in row) == (kind == "kontext-tiny")
+    assert ("loss/flow/edit" in row) == (kind in EDITS)
     assert all(check["ok"] for check in json.loads(Path("run/contract.json").read_text()))
 
 
