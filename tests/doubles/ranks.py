@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 
+from lvrpo.cli import main
 from lvrpo.distributed import process_group, rank, should_print
 from lvrpo.errors import LvrpoError
 
@@ -32,8 +33,39 @@ def exit_code(function: Callable[..., Any], *args: Any) -> int | None:
     """Of one process that calls a function; an exception in it is 1."""
     process = CONTEXT.Process(target=function, args=args)
     process.start()
-    process.join(60)
+    process.join(300)
     return process.exitcode
+
+
+class Command:
+    """``lvrpo`` with these arguments in the working directory; forked, so that it imports nothing."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.errors = Path.cwd() / "errors"
+        self.process = CONTEXT.Process(target=_command, args=(Path.cwd(), self.errors, tuple(map(str, arguments))))
+        self.process.start()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def finish(self) -> tuple[int | None, str]:
+        """The exit code and the messages."""
+        self.process.join(300)
+        assert self.ended, self.errors.read_text()
+        return self.process.exitcode, self.errors.read_text()
+
+
+def _command(folder: Path, errors: Path, arguments: Sequence[str]) -> None:
+    os.chdir(folder)
+    with errors.open("w") as stderr, open(os.devnull, "w") as stdout:
+        os.dup2(stderr.fileno(), 2)
+        os.dup2(stdout.fileno(), 1)
+    sys.exit(main(arguments))
 
 
 @dataclass
@@ -74,6 +106,11 @@ class Ranks:
         for process in self.processes.values():
             process.start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether any of them has."""
+        return any(process.exitcode is not None for process in self.processes.values())
+
     def wait_for(self, name: str, count: int) -> None:
         """Until the function has made so many files of a name in the folder of the test."""
         deadline = time.monotonic() + 60
@@ -81,7 +118,7 @@ class Ranks:
             assert time.monotonic() < deadline, f"no {name}"
             time.sleep(0.02)
 
-    def outcomes(self, timeout: float = 120) -> dict[int, Outcome]:
+    def outcomes(self, timeout: float = 300) -> dict[int, Outcome]:
         ended: dict[int, float] = {}
         deadline = time.monotonic() + timeout
         while len(ended) < len(self.processes):

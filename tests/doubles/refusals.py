@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,9 +70,17 @@ def refused(*words: str) -> Iterator[None]:
 
 def listing(folder: Path, but: Path | None = None) -> set[tuple[str, int, int]]:
     """Names, sizes and times of everything below, links not followed; locks are no content."""
-    paths = (path for path in folder.rglob("*") if path.name != ".lock" and (but is None or but not in path.parents))
-    found = [(path, path.lstat()) for path in paths]
-    return {(str(path), 0 if path.is_dir() else s.st_size, 0 if path.is_dir() else s.st_mtime_ns) for path, s in found}
+    found: set[tuple[str, int, int]] = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found.add((entry.path, 0, 0))
+                if but is None or Path(entry.path) != but:
+                    found |= listing(Path(entry.path), but)
+            elif entry.name != ".lock":
+                s = entry.stat(follow_symlinks=False)
+                found.add((entry.path, s.st_size, s.st_mtime_ns))
+    return found
 
 
 def require_none(complaints: Mapping[str, str | None]) -> None:

@@ -16,6 +16,7 @@ from settings import SMALL
 from torch import nn
 
 from lvrpo import distributed as d
+from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.evaluation.scoring import evaluation_policy
@@ -33,6 +34,12 @@ from lvrpo.training.trainer import Trainer, train_step
 from lvrpo.types import Group, Prompt
 
 ROLLOUT = {"group_size": 4, "num_steps": 3, "max_new_tokens": 4}
+
+
+def command(folder: Path, *arguments: str) -> int:
+    """The exit code of ``lvrpo`` with these arguments."""
+    os.chdir(folder)
+    return main(arguments)
 
 
 def config_of(tree: dict[str, Any]) -> TrainConfig:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_work as work
 from estimates import measure_only
-from processes import finish, rows, start
+from processes import rows
+from ranks import Ranks
 from safetensors.torch import load_file
 from stored import killed_copy, stored
 
@@ -137,14 +139,14 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
     assert checks["gradient of the drawing divergence"] > 0
 
 
-def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, tmp_path: Path) -> None:
     options = (
         *small("bagel_lvrpo_full", bagel),
         "checkpoint_every=1",
         "data.prompts_per_step={generate: 3, reason: 3}",
     )
-    finish(start("train", "bagel_lvrpo_full", *options, "--out", "run", "--no-evaluate"))
+    command = "train", "bagel_lvrpo_full", *options, "--out", "run", "--no-evaluate"
+    assert Ranks(tmp_path, 2, work.command, Path.cwd(), *command).results() == [0, 0]
     assert all(math.isfinite(value) for row in rows(Path("run")) for value in row.values() if isinstance(value, float))
     written = sorted(Path("run/checkpoints/step_000002/state/tensors").iterdir())
     assert [path.name[:11] for path in written] == ["shard-00001", "shard-00002"]

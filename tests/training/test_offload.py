@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 import training_work as work
-from processes import assert_begin_alike, finish, rows, start
+from processes import assert_begin_alike, rows
 from ranks import Ranks
 from safetensors.torch import load_file
 from stored import killed_copy, stored
@@ -55,9 +55,14 @@ def test_one_process_computes_the_bits_of_a_run_that_keeps_everything(small_base
         assert kept == {"policy", "ema", "optimizer_0", "optimizer_1", *(["old"] if method == "nft" else [])}
 
 
-def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path, alone: Path) -> None:
+def command(folder: Path, *arguments: str) -> None:
+    """``lvrpo`` in two processes; test_ranks.py starts them by ``torchrun``."""
+    assert Ranks(folder, 2, work.command, Path.cwd(), *arguments).results() == [0, 0]
+
+
+def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path, alone: Path, tmp_path: Path) -> None:
     options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
-    finish(start(*options, "offload=true", "--out", "both"))
+    command(tmp_path / "both", *options, "offload=true", "--out", "both")
     shared = rows(Path("both"))
     assert_begin_alike(rows(alone), shared)
     sizes = [path.stat().st_size for path in Path("both", LAST, "state/tensors").iterdir()]
@@ -73,7 +78,7 @@ def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path, alo
         assert apart < 0.05 * moved
 
     killed = killed_copy(Path("both"), 2)  # test_ranks.py interrupts
-    finish(start("train", "--resume", killed, "--no-evaluate"))
+    command(tmp_path / "again", "train", "--resume", str(killed), "--no-evaluate")
     assert rows(killed) == shared
     again = stored(killed / LAST)
     assert all(torch.equal(tensor, again[name]) for name, tensor in together.items())

@@ -37,7 +37,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return stored(run / "checkpoints" / "step_000004", "policy")
 
 
-def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: Path) -> None:
+def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: Path, tmp_path: Path) -> None:
     options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
     both = start(*options, "--out", "both")
     assert main([*options, "--out", "alone"]) == 0
@@ -55,14 +55,18 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
     moved = sum(float((own[name] - begun[name]).square().sum()) for name in own) ** 0.5
     assert apart < 0.05 * moved
 
-    halved = start(*options, "--out", "halved")
+    halved = Ranks(tmp_path / "first", 2, work.command, Path.cwd(), *options, "--out", "halved")
     metrics = Path("halved/metrics.jsonl")
-    while halved.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
+    while not halved.ended and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
         time.sleep(0.02)
     os.kill(int(Path("halved/.lock").read_text()), signal.SIGINT)
-    assert "continue with: lvrpo train --resume halved" in finish(halved, succeeds=False)
+    outcomes = halved.outcomes().values()
+    assert [outcome.result for outcome in outcomes] == [130, 130]
+    said = "".join(outcome.stderr for outcome in outcomes)
+    assert said.count("continue with: lvrpo train --resume halved") == 1
     assert 1 <= rows(Path("halved"))[-1]["step"] < 4
-    finish(start("train", "--resume", "halved", "--no-evaluate"))
+    resumed = in_processes(tmp_path, 2, work.command, Path.cwd(), "train", "--resume", "halved", "--no-evaluate")
+    assert resumed == [0, 0]
     assert rows(Path("halved")) == shared
     again = weights(Path("halved"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in both_weights.items())

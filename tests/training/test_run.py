@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import Command
 from stored import killed_copy, stored
 
 from lvrpo.config import dump_config, load_config
@@ -249,19 +247,18 @@ def test_the_record_says_which_rewards_judge_the_segment_of_its_advantages(confi
     assert record.judged[wrote ^ drew].all()
 
 
-def train_process(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
+def train_process(config: TrainConfig, folder: Path) -> Command:
     Path("config.yaml").write_text(dump_config(config))
-    command = [sys.executable, "-m", "lvrpo", "train", "config.yaml", "--out", str(folder), "--no-evaluate"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Command("train", "config.yaml", "--out", folder, "--no-evaluate")
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: Command) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         metrics = folder / "metrics.jsonl"
         if metrics.exists() and f'"step": {step},' in metrics.read_text():
             return
-        assert process.poll() is None, process.communicate()
+        assert not process.ended, process.finish()
         time.sleep(0.01)
     raise AssertionError(f"step {step} did not come")
 
@@ -269,8 +266,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: TrainConfig, straight: Path) -> None:
     process = train_process(config, Path("killed"))
     wait_for_step(Path("killed"), 5, process)
-    process.kill()
-    process.communicate()
+    process.signal(signal.SIGKILL)
+    assert process.finish()[0] == -signal.SIGKILL
     again = Trainer.resume(Path("killed"), config)
     with again.run:
         assert again.state.step >= 4
@@ -307,9 +304,9 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(config: TrainConfig,
     config = config.model_copy(update={"steps": 200, "checkpoint_every": 200})
     process = train_process(config, Path("run"))
     wait_for_step(Path("run"), 2, process)
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    process.signal(number)
+    code, errors = process.finish()
+    assert code == 130, errors
     (line,) = errors.splitlines()
     steps = [row["step"] for row in RunDirectory.read(Path("run")).metrics()]
     assert line.startswith(f"interrupted after step {steps[-1]} of 200; the checkpoint is written")
