@@ -1,4 +1,4 @@
-"""Rollout engines that are inference servers of text: vLLM and SGLang, over HTTP.
+"""Rollout engines that are inference servers of text: vLLM and SGLang, over HTTP; ``image_server`` draws.
 
 The server runs the model of the run's base; new weights reach it through a folder. It samples answers with their
 log-probs, which are compared with those of the trainer by the step-0 contract and corrected by importance weights.
@@ -27,14 +27,12 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling, announce
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy, ReadPrompt
 from lvrpo.reading import parse_json
-from lvrpo.rewards.endpoint import HEADERS, LateError, UnreadableError, http_packages, image_url, post
+from lvrpo.rewards.endpoint import HEADERS, LateError, Reply, UnreadableError, http_packages, image_url, post
 from lvrpo.sampling import derive_seed
 from lvrpo.training.policies import weights_checksum
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
 SHARED_MEMORY = "/dev/shm"
-MOST_BYTES = 2**28
-"""Limit of a response: a group of 64 answers of 4,096 tokens has 30 MB."""
 TRIES = 4
 FORBIDDEN = -100.0
 """Bias of the logits of tokens that an answer must not contain."""
@@ -52,7 +50,8 @@ class ServerEngineConfig(Config):
     """An inference server with the model of the base; each rank sends its prompts to it."""
 
     kind: Literal["vllm", "sglang"]
-    """vllm: takes new weights as an adapter only. sglang: as an adapter or as a whole model."""
+    """vllm: takes new weights as an adapter only. sglang: as an adapter or as a whole model; SGLang-Diffusion where the
+    policy is a pipeline of diffusers."""
     url: str = "http://localhost:8000"
     """Address of the server; 8000 is the port of vLLM, 30000 that of SGLang."""
     weights_folder: str | None = None
@@ -72,21 +71,17 @@ class ServerEngineConfig(Config):
         return url.rstrip("/")
 
 
-class InferenceServer(ABC):
-    """Samples answers on a server and sends it new weights; see ``RolloutEngine``."""
+class HttpServer:
+    """A server with the model of the base: its address, and a folder from which it loads new weights."""
 
     name: ClassVar[str]
     command: ClassVar[str]
     """The command that starts such a server."""
+    most_bytes: ClassVar[int] = 2**28
+    """Limit of a response: a group of 64 answers of 4,096 tokens has 30 MB."""
 
-    def __init__(self, policy: Policy, config: ServerEngineConfig) -> None:
-        """``policy``: the trained policy. Raises InputError for one that is no image-text-to-text model."""
-        if not isinstance(policy, ImageTextToTextPolicy):
-            raise InputError(
-                f"rollout.engine.kind={config.kind}: samples answers of image-text-to-text models, and the policy is "
-                f"a {type(policy).__name__}: use rollout.engine.kind=process or policy"
-            )
-        self.policy, self.config = policy, config
+    def __init__(self, config: ServerEngineConfig) -> None:
+        self.config = config
         self._http, self._tenacity = http_packages()
         limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=0)
         self._client = self._http.Client(timeout=config.timeout_s, headers=HEADERS, limits=limits)
@@ -95,6 +90,67 @@ class InferenceServer(ABC):
             Path(parent).mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.TemporaryDirectory(prefix="lvrpo_weights_", dir=parent)
         os.chmod(self._folder.name, 0o755)  # the server may run as another user
+
+    def close(self) -> None:
+        """Closes the connections; the server goes on."""
+        self._client.close()
+        self._folder.cleanup()
+
+    def _request(self, path: str, body: Mapping[str, Any], accept: Collection[int] = ()) -> Any:
+        """Posts JSON and returns the response's, None for a status in ``accept``. Any: JSON values."""
+        reply = self._send(path, body, accept)
+        try:
+            return None if reply is None else parse_json(reply.text, path)
+        except InputError:
+            return None if reply is None else reply.text  # of a request that has no result
+
+    def _send(self, path: str, body: Mapping[str, Any], accept: Collection[int] = ()) -> Reply | None:
+        """Posts JSON and returns the response, None for a status in ``accept``.
+
+        Broken connections and statuses of 500 and above are tried again. Raises ContractError.
+        """
+        http, tenacity, url = self._http, self._tenacity, self.config.url + path
+        passing = (http.TransportError, UnreadableError, _BusyError)
+        late = (LateError, http.TimeoutException)  # some are TransportErrors
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=tenacity.wait_exponential(max=10),
+            retry=tenacity.retry_if_exception_type(passing) & tenacity.retry_if_not_exception_type(late),
+            reraise=True,
+        )
+        try:
+            reply = retrying(self._post, url, body)
+        except late:
+            raise ContractError(f"rollout engine: {url}: no response within {self.config.timeout_s:g} s") from None
+        except passing as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            remedy = "see its log" if isinstance(error, _BusyError) else f"start it with: {self.command}"
+            raise ContractError(f"rollout engine: {url}: {why[:200]}: {remedy}") from None
+        if reply.status in accept:
+            return None
+        if reply.status != 200:
+            raise ContractError(f"rollout engine: {url}: HTTP {reply.status}: {' '.join(reply.text.split())[:200]}")
+        return reply
+
+    def _post(self, url: str, body: Mapping[str, Any]) -> Reply:
+        reply = post(self._client, url, body, self.config.timeout_s, self.most_bytes)
+        if reply.status >= 500:
+            raise _BusyError(f"HTTP {reply.status}: {reply.text}")
+        return reply
+
+
+class InferenceServer(HttpServer, ABC):
+    """Samples answers on a server and sends it new weights; see ``RolloutEngine``."""
+
+    def __init__(self, policy: Policy, config: ServerEngineConfig) -> None:
+        """``policy``: the trained policy. Raises InputError for one that is no image-text-to-text model."""
+        if not isinstance(policy, ImageTextToTextPolicy):
+            raise InputError(
+                f"rollout.engine.kind={config.kind}: samples answers of image-text-to-text models, and the policy is "
+                f"a {type(policy).__name__}: use rollout.engine.kind=process or policy"
+            )
+        super().__init__(config)
+        self.policy = policy
         self.adapter = ""
         """Name of the loaded adapter; "" for the whole model."""
 
@@ -137,11 +193,6 @@ class InferenceServer(ABC):
                 groups.append(Group(prompt, tuple(members)))
         return groups
 
-    def close(self) -> None:
-        """Closes the connections; the server goes on."""
-        self._client.close()
-        self._folder.cleanup()
-
     load_path: ClassVar[str]
     unload_path: ClassVar[str]
 
@@ -171,43 +222,6 @@ class InferenceServer(ABC):
                 f"rollout engine: {self.name} read a prompt as {len(found)} tokens and the trainer as {len(wanted)}, "
                 "or as other ones: start it on the folder of the base, with its own chat template and image processor"
             )
-
-    def _request(self, path: str, body: Mapping[str, Any], accept: Collection[int] = ()) -> Any:
-        """Posts JSON and returns the response's, None for a status in ``accept``. Any: JSON values.
-
-        Broken connections and statuses of 500 and above are tried again. Raises ContractError.
-        """
-        http, tenacity, url = self._http, self._tenacity, self.config.url + path
-        passing = (http.TransportError, UnreadableError, _BusyError)
-        late = (LateError, http.TimeoutException)  # some are TransportErrors
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(TRIES),
-            wait=tenacity.wait_exponential(max=10),
-            retry=tenacity.retry_if_exception_type(passing) & tenacity.retry_if_not_exception_type(late),
-            reraise=True,
-        )
-        try:
-            reply = retrying(self._post, url, body)
-        except late:
-            raise ContractError(f"rollout engine: {url}: no response within {self.config.timeout_s:g} s") from None
-        except passing as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            remedy = "see its log" if isinstance(error, _BusyError) else f"start it with: {self.command}"
-            raise ContractError(f"rollout engine: {url}: {why[:200]}: {remedy}") from None
-        if reply.status in accept:
-            return None
-        if reply.status != 200:
-            raise ContractError(f"rollout engine: {url}: HTTP {reply.status}: {' '.join(reply.text.split())[:200]}")
-        try:
-            return parse_json(reply.text, url)
-        except InputError:
-            return reply.text  # of a request that has no result
-
-    def _post(self, url: str, body: Mapping[str, Any]) -> Any:
-        reply = post(self._client, url, body, self.config.timeout_s, MOST_BYTES)
-        if reply.status >= 500:
-            raise _BusyError(f"HTTP {reply.status}: {reply.text}")
-        return reply
 
 
 class _BusyError(Exception):

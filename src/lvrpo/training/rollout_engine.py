@@ -28,6 +28,7 @@ from lvrpo.distributed import device, relay_errors
 from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allowed_code, resolve
+from lvrpo.training.image_server import SGLangDiffusionServer
 from lvrpo.training.inference_servers import SERVERS, SHARED_MEMORY, ServerEngineConfig
 from lvrpo.training.policies import policy_module, weights_checksum, weights_dtype
 from lvrpo.types import Group, Prompt
@@ -147,13 +148,24 @@ def open_engine(
         if isinstance(section, ProcessEngineConfig):
             engine = ProcessEngine(config, start, base, section.device)
         elif isinstance(section, ServerEngineConfig):
-            engine = SERVERS[section.kind](policy, section)
+            engine = _server_engine(config, section, policy)
         else:
             engine = _custom_engine(section, config, start)
     try:
         yield EngineSampler(engine)
     finally:
         engine.close()
+
+
+def _server_engine(config: TrainConfig, section: ServerEngineConfig, policy: Policy) -> RolloutEngine:
+    if section.kind != "sglang" or "text" in policy.segment_kinds:
+        return SERVERS[section.kind](policy, section)
+    if config.rollout.sampler != "ode":
+        raise InputError(
+            f"rollout.sampler={config.rollout.sampler}: a server draws without recorded steps: use ode with "
+            "flow.kind=nft or awm, or rollout.engine.kind=process"
+        )
+    return SGLangDiffusionServer(policy, section)
 
 
 def _custom_engine(section: CustomEngineConfig, config: TrainConfig, start: Path) -> RolloutEngine:

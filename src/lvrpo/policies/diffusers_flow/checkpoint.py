@@ -158,12 +158,18 @@ def save_pipeline(transformer: Any, pipeline: FlowPipeline, folder: Path) -> Non
                 (folder / part).mkdir(exist_ok=True)
                 link_file(file, folder / part / file.name)
     link_file(pipeline.folder / INDEX, folder / INDEX)
+    save_transformer(transformer, folder)
+
+
+def save_transformer(transformer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the transformer of a pipeline below the folder; ``dtype``: None is its own. Any: of an optional package."""
     target = folder / TRAINED
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # a folder of this machine
     write_atomic(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in transformer.state_dict().items()}
+    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in transformer.state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     write_tensors(target / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
 
 
