@@ -162,7 +162,7 @@ def save_pipeline(transformer: Any, pipeline: FlowPipeline, folder: Path) -> Non
 
 
 def save_transformer(transformer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the transformer of a pipeline below the folder; ``dtype``: None is its own. Any: of an optional package."""
+    """Writes the transformer of a pipeline below the folder. ``dtype``: None: its own. Any: of an optional package."""
     target = folder / TRAINED
     target.mkdir(parents=True, exist_ok=True)
     config = json.loads(transformer.to_json_string())
