@@ -18,6 +18,8 @@ from lvrpo.errors import ContractError
 COLLAPSED_SHARE = 0.9
 """A form has collapsed if one answer is given to at least this share of its questions (entropy of at most .47 bits for
 two answers). Balanced yes-no questions that are all answered correctly have a share of .5."""
+FEW_ANSWERS = 20
+"""Forms of question with more distinct right answers have no balanced accuracy."""
 MIN_ANSWERS = 20
 """Minimum answers per form: with fewer the share of one answer has a standard error above .06."""
 

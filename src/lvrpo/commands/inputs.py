@@ -18,12 +18,10 @@ from lvrpo.images import load_image, middle_square
 from lvrpo.reading import parse_json, path_exists, read_lines
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors
-from lvrpo.training.run_directory import json_text
+from lvrpo.training.run_directory import MANIFEST, json_text
 from lvrpo.types import Image, TaskKind
 
 C = TypeVar("C", bound=Config)
-MANIFEST = "manifest.json"
-"""A file that every run directory has."""
 
 
 def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:

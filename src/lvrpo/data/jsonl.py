@@ -13,7 +13,6 @@ from lvrpo.data.rows import Line, RowPrompts, make_line
 from lvrpo.errors import InputError
 from lvrpo.images import check_image, load_image
 from lvrpo.reading import parse_json, read_text
-from lvrpo.types import TaskKind
 
 
 class JsonlConfig(Config):
@@ -42,24 +41,21 @@ class JsonlPrompts(RowPrompts):
         split: Literal["train", "validation", "test"] = "train",
         seed: int = 0,
         side: int | None = None,
-        task: TaskKind | None = None,
         problems: list[str] | None = None,
     ):
         """Reads and checks every row. Raises InputError, one line that names file and line number.
 
         ``side``: of the square pictures that the model reads, to which others are brought (None: as they are).
-        ``task``: of rows that name none. ``problems``: as for ``RowPrompts``.
+        ``problems``: as for ``RowPrompts``.
         """
         path: Path | None = getattr(config, split)  # the three splits are three of the fields
         if path is None:
             raise InputError(f"no {split} file: set {split} to a .jsonl file")
-        lines = _read(Path(path), config.root, config.check == "pixels", task, problems)
+        lines = _read(Path(path), config.root, config.check == "pixels", problems)
         super().__init__(str(path), lines, seed, side, problems)
 
 
-def _read(
-    path: Path, root: Path | None, decode: bool, task: TaskKind | None, problems: list[str] | None = None
-) -> list[Line]:
+def _read(path: Path, root: Path | None, decode: bool, problems: list[str] | None = None) -> list[Line]:
     content = read_text(path, "give a file of JSON lines")
     lines: list[Line] = []
     for number, text in enumerate(content.split("\n"), start=1):
@@ -69,7 +65,7 @@ def _read(
         find = partial(image_path, path.parent, where=where, decode=decode, root=root)
         try:
             found = parse_json(text, where, "one object per line", unique_keys=True)
-            lines.append(make_line(found, where, f"{path.stem}:{number}", path.name, task, find))
+            lines.append(make_line(found, where, f"{path.stem}:{number}", path.name, find))
         except InputError as error:
             if problems is None:
                 raise

@@ -215,15 +215,13 @@ class Line:
     """The file that the field 'edited' names, if it names one."""
 
 
-def make_line(
-    data: Any, where: str, default_id: str, source: str, task: TaskKind | None, find: Callable[[str], ImageFile]
-) -> Line:
+def make_line(data: Any, where: str, default_id: str, source: str, find: Callable[[str], ImageFile]) -> Line:
     """The row of decoded JSON with its pictures; raises InputError that begins with ``where``. Any: decoded JSON.
 
-    ``find``: the picture of a name. ``task``: that of a row that names none.
+    ``find``: the picture of a name.
     """
     try:
-        row = parse_row(data, task)
+        row = parse_row(data)
     except ValueError as error:
         raise InputError(f"{where}: {' '.join(str(error).split())}") from None
     images = tuple(map(find, row.images))

@@ -207,7 +207,7 @@ class _Records:
             for name in PICTURE_FIELDS:
                 if name in fields:
                     fields[name] = _named_pictures(fields[name], f"{where}: {name}", pictures)
-            line = make_line(fields, where, key, self.label, None, lambda name: self._picture(name, pictures, where))
+            line = make_line(fields, where, key, self.label, lambda name: self._picture(name, pictures, where))
         except (ValueError, InputError) as error:
             message = " ".join(str(error).split()).removeprefix(f"{where}: ")
             raise InputError(f"{self._where(number, stored, exact=True)}: {message}{self._hint(message)}") from None

@@ -15,6 +15,7 @@ import numpy as np
 
 from lvrpo.errors import ContractError
 from lvrpo.metrics import (
+    FEW_ANSWERS,
     ReadBack,
     agreement,
     answer_entropy,
@@ -44,8 +45,6 @@ BASELINE_BEST_OF = 4
 """Values of n: a single sample of the later policy is compared with the best of n of the earlier one."""
 MOST_REASONS = 5
 """Reasons of missing scores that a result names."""
-FEW_ANSWERS = 20
-"""Forms of question with more distinct right answers have no balanced accuracy."""
 
 Measures = dict[str, Any]
 """Any: nested JSON values."""

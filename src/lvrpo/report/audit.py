@@ -22,7 +22,7 @@ from lvrpo.errors import InputError
 from lvrpo.reading import path_exists, read_json
 from lvrpo.records import direction, from_json, number
 from lvrpo.report.charts import Chart, Points, line_chart
-from lvrpo.report.formatting import NONE, compact, interval, share, task_name
+from lvrpo.report.formatting import NONE, compact, interval, share, task_name, words
 from lvrpo.report.tables import Cell, TextTable
 from lvrpo.statistics import Interval
 from lvrpo.types import OutputKind
@@ -206,7 +206,7 @@ def share_charts(audit: RewardAudit, task: str) -> list[Chart]:
         points = _points(found.series.get(f"share/{scorer.name}"))
         if points:
             ends = [(step, scorer.configured_share or 0.0) for step in (points[0][0], points[-1][0])]
-            charts.append(line_chart(f"{task_name(task)}: {_words(scorer.name)}", points, ends, (), 0.1, "configured"))
+            charts.append(line_chart(f"{task_name(task)}: {words(scorer.name)}", points, ends, (), 0.1, "configured"))
     return charts
 
 
@@ -220,7 +220,7 @@ def other_charts(series: Series, control: Series) -> list[Chart]:
             continue
         titles = {"constant": f"groups constant in {name}", "auc": f"AUC of {name}"}
         title = titles.get(kind, NAMES.get(key, key)) if name else NAMES.get(key, key)
-        charts.append(line_chart(_words(title), points, _points(control.get(key)), min_span=0.1))
+        charts.append(line_chart(words(title), points, _points(control.get(key)), min_span=0.1))
     return charts
 
 
@@ -259,7 +259,7 @@ def _ranking_tables(
             continue
         rows.append((reward.name, *_ranking_cells(reward.whole), *more[reward.name]))
         inner = reward.categories.items() if len(reward.categories) > 1 else ()
-        rows += [(f"  {_words(name)}", *_ranking_cells(each), *[""] * len(heads)) for name, each in inner]
+        rows += [(f"  {words(name)}", *_ranking_cells(each), *[""] * len(heads)) for name, each in inner]
     if all(reward.is_success for reward in rewards):
         return []
     title = f"{title}; truth: {rewards[0].verifier}"
@@ -289,10 +289,6 @@ def _auc_change(reward: RewardRanking) -> tuple[str, ...]:
 def _reliable(found: Interval, signed: bool = False) -> str:
     """A dash for fewer than ``MIN_GROUPS`` groups."""
     return NONE if found.n < MIN_GROUPS else interval(found, signed=signed)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _points(series: Points | None) -> Points:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lvrpo.errors import InputError
-from lvrpo.metrics import pass_at_k
+from lvrpo.metrics import FEW_ANSWERS, pass_at_k
 from lvrpo.reading import read_json_object
 from lvrpo.statistics import Floats, TwoWayInterval, seeds_and_prompts_interval
 
@@ -229,9 +229,6 @@ def _pack_shares(values: Floats) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, "restore the file, or delete it to run it again")
 
-
-FEW_ANSWERS = 20
-"""A form of question with more right answers than these has no balanced accuracy."""
 
 Run = tuple[str, int]
 """(base, seed)."""

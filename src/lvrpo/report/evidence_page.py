@@ -11,6 +11,7 @@ import numpy as np
 
 from lvrpo.errors import InputError
 from lvrpo.metrics import collapsed_forms
+from lvrpo.records import LEVEL
 from lvrpo.report.evidence import (
     MEASURES,
     SEEN,
@@ -27,7 +28,6 @@ from lvrpo.report.formatting import NONE, duration, interval, score
 from lvrpo.report.tables import TextTable
 from lvrpo.statistics import MIN_SEEDS, TwoWayInterval, holm
 
-LEVEL = 0.05
 FEW = "†"
 """Marks a cell with fewer than ``MIN_SEEDS`` runs, or too few prompts."""
 BASE = "base"

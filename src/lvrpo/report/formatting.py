@@ -100,6 +100,11 @@ IN_SENTENCES = {
 }
 
 
+def words(name: str) -> str:
+    """A name of code as words."""
+    return name.replace("_", " ")
+
+
 def task_name(task: str) -> str:
     """A task, whatever the temperature of its answers."""
     return "Questions" if task == "understand" else label(task)

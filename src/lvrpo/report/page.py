@@ -197,7 +197,7 @@ def environment() -> jinja2.Environment:
     environment.filters.update(
         score=formatting.score,
         compact=formatting.compact,
-        words=lambda text: str(text).replace("_", " "),
+        words=lambda text: formatting.words(str(text)),
         tone=lambda cell: getattr(cell, "tone", ""),  # only a Cell has one
     )
     environment.globals.update(task_label=task_label)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lvrpo.errors import InputError
 from lvrpo.records import LEVEL, BenchmarkRecord, Estimate, EvaluationRecord, direction, number, read_record
-from lvrpo.report.formatting import NONE, interval, label, score, share, task_order
+from lvrpo.report.formatting import NONE, interval, label, score, share, task_order, words
 from lvrpo.report.run import load_run
 from lvrpo.statistics import MIN_SEEDS, Floats, TwoWayInterval, holm, seeds_and_prompts_interval
 
@@ -67,7 +67,7 @@ def scores_table(results: Results, title: str) -> TextTable:
     for name, each in results.items():
         lost = (str(each.get("masked", {}).get("prompts", 0)),) if masked else ()
         rows.append((name, _score(each), str(each["n"]), *lost))
-        rows += [(f"  {_words(n)}", _score(c), str(c["n"]), *[""] * masked) for n, c in each["categories"].items()]
+        rows += [(f"  {words(n)}", _score(c), str(c["n"]), *[""] * masked) for n, c in each["categories"].items()]
     heads = ("benchmark", "score, 95 % interval", *(("scored", "masked") if masked else ("prompts",)))
     return TextTable(title, heads, tuple(rows))
 
@@ -80,10 +80,8 @@ def summary_table(summary: Mapping[str, Any]) -> TextTable:
         parts = [before, summary["after"][task], summary["difference"][task]]
         if baseline:
             parts += [baseline["after"][task], summary["ours_minus_baseline"][task]]
-        rows.append(_summary_row(_words(task), parts))
-        rows += [
-            _summary_row(f"  {_words(c)}", [part["categories"][c] for part in parts]) for c in before["categories"]
-        ]
+        rows.append(_summary_row(words(task), parts))
+        rows += [_summary_row(f"  {words(c)}", [part["categories"][c] for part in parts]) for c in before["categories"]]
     heads = ("task", "before", "after", "difference [95 %]", *(("baseline", "ours minus it") if baseline else ()))
     return TextTable("", heads, tuple(rows))
 
@@ -231,10 +229,6 @@ def _score(raw: Mapping[str, Any], signed: bool = False) -> str:
     """A score with its interval, or a word that it has none. Any: JSON values."""
     text = interval(raw, signed=signed)
     return text if "[" in text or text == NONE else f"{text}, no interval"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _change(raw: Mapping[str, Any] | None) -> str:
