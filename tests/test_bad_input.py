@@ -263,12 +263,10 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_unexpected_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    import lvrpo.report.run
-
     def broken(run: Path) -> Path:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(lvrpo.report.run, "load_run", broken)
+    monkeypatch.setattr("lvrpo.commands.report.load_run", broken)
     assert main(["report", "run"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "error: ZeroDivisionError: division by zero (unexpected: --debug shows where)"
