@@ -39,7 +39,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "nan": (change_weights(lambda s: s[TABLE].fill_(torch.nan)), "holds nan"),
     "its makers' layout": (
         change_json("config.json", model_type="Emu3", architectures=["Emu3ForCausalLM"], auto_map={"AutoConfig": "x"}),
-        "that of transformers is read, such as BAAI/Emu3-Chat-hf",
+        "use that of transformers, such as BAAI/Emu3-Gen-hf",
     ),
     "no tokenizer": (delete("tokenizer.json"), "holds no tokenizer.json"),
     "no settings": (delete("preprocessor_config.json"), "its processor cannot be loaded"),

@@ -183,6 +183,12 @@ class JanusPolicy(ImageTokenPolicy):
         """See ``TransformersPolicy.read_folder``."""
         model = load_model(folder, dtype, cls.kind, "janus", weights=weights)
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
+        side, patch = vision.image_size, vision.patch_size
+        if vision.num_image_tokens != (side // patch) ** 2:
+            raise InputError(
+                f"{folder / 'config.json'}: num_image_tokens={vision.num_image_tokens}: pictures of {side} x {side} in "
+                f"patches of {patch} x {patch} have {(side // patch) ** 2}: restore the file"
+            )
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
         patch_size = round(vision.image_size / vision.num_image_tokens**0.5)
         tiles = TileCodebook.load(folder, model.config.vq_config.num_embeddings, patch_size)
