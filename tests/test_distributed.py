@@ -17,6 +17,7 @@ import distributed_work as work
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 
 from lvrpo import distributed
 from lvrpo.distributed import peers
@@ -370,6 +371,24 @@ def test_checkpoints_go_from_3_to_1_to_2_to_4_processes(tmp_path: Path) -> None:
         assert any("exp_avg" in name for name in read)
     whole = run(tmp_path, 1, work.train_and_keep, tmp_path / "whole", 0, 4)[0]["state"]
     assert distance(states[-1], whole) < 1e-6
+
+
+def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file ends with the tensor that passes a multiple of the size; their numbers have no gaps."""
+    monkeypatch.setattr("lvrpo.distributed.checkpoint.FILE_BYTES", 1000)
+    numbers = {
+        "a": (100, torch.float32),
+        "b": (150, torch.float32),
+        "c": (1100, torch.bfloat16),
+        "d": (90, torch.int32),
+    }
+    tensors = {name: torch.arange(count).to(dtype) for name, (count, dtype) in numbers.items()}
+    distributed.save_sharded(tmp_path, tensors)
+    files = {path.stem[-14:]: sorted(load_file(path)) for path in tmp_path.iterdir()}
+    assert files == {"00001-of-00003": ["a"], "00002-of-00003": ["b"], "00003-of-00003": ["c", "d"]}
+    read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    distributed.load_sharded(tmp_path, read)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path: Path) -> None:

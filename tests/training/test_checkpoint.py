@@ -291,6 +291,21 @@ def test_kill_9_never_halves_a_checkpoint(tmp_path: Path) -> None:
     assert ckpt.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_000009"
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    rename, step = os.rename, tmp_path / "step_000001"
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "rename", lambda *names: (events.append("rename"), rename(*names)))
+    with ckpt.checkpoint_writer(step) as folder:
+        (folder / "policy").mkdir()
+        ckpt.save_state(folder / "policy", {"weights": torch.ones(2)})
+    renamed = events.index("rename")
+    assert {path.stat().st_ino for path in (step, *step.rglob("*"))} <= {*events[:renamed]}
+    assert events[renamed + 1 :] == [tmp_path.stat().st_ino]
+
+
 @pytest.mark.parametrize("call", ["rename", "fsync", "flock"])
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_crash_inside_a_replacement_loses_nothing(tmp_path: Path, call: str, nth: int) -> None:
