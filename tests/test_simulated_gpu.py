@@ -46,9 +46,14 @@ def on_gpu(*arguments: object) -> str:
     return done.stdout
 
 
+def metrics(run: Path) -> dict[str, float]:
+    """Of the last step."""
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 def last_row(run: Path) -> dict[str, float]:
-    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    return {name: value for name, value in row.items() if name.startswith(("loss/", "reward/", "grad_norm/", "kl/"))}
+    compared = ("loss/", "reward/", "grad_norm/", "kl/")
+    return {name: value for name, value in metrics(run).items() if name.startswith(compared)}
 
 
 def test_a_run_on_a_gpu_has_the_numbers_of_one_on_the_cpu(tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_every_method_trains_on_a_gpu(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
-    for package in family.needs:
+    for package in (*family.needs, *(["torchvision"] if name == "qwen3_vl" else [])):
         pytest.importorskip(package)
     family.make(tmp_path / "model")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROGRAM.parent), *sys.path]))
@@ -86,7 +91,7 @@ def test_every_family_trains_on_a_gpu(name: str, tmp_path: Path, monkeypatch: py
         "--out",
         tmp_path / "run",
     )
-    assert last_row(tmp_path / "run").keys() >= family.losses
+    assert metrics(tmp_path / "run").keys() >= family.losses
 
 
 @pytest.mark.slow

@@ -198,6 +198,11 @@ class _Mode(TorchDispatchMode):
         return run(function, args, kwargs or {})
 
 
+def _tensor(data: Any, make: Any = torch.tensor, **options: Any) -> torch.Tensor:
+    """``torch.tensor``, which reads the tensors in a list without asking the mode."""
+    return make(tree_map_only(DeviceTensor, lambda t: t.tolist(), data), **options)
+
+
 @contextmanager
 def simulated_gpu() -> Iterator[None]:
     """While active, ``simulated`` is a device."""
@@ -205,7 +210,7 @@ def simulated_gpu() -> Iterator[None]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module moves by new parameters
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) asks the mode too
     try:
-        with _Mode(), torch.autograd.set_multithreading_enabled(False):
+        with _Mode(), mock.patch.object(torch, "tensor", _tensor), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -150,6 +151,8 @@ def label(name: str) -> str:
 
 # --- tables ---
 
+NUMBER = re.compile(r"[−+]?[\d.,]*|–")
+"""A cell that is aligned to the right where its whole column is such."""
 COLORS = {"up": "green", "down": "red", "flat": "dim", "unsure": "dim"}
 
 
@@ -165,8 +168,10 @@ def text_table(content: TextTable) -> Table:
     table.title_justify = table.caption_justify = "left"
     table.min_width = min(max(len(content.title), len(content.note)), 100)  # else they wrap to the width of the cells
     table.leading = int(any("\n" in cell for row in content.rows for cell in row))
-    for head in content.heads:
-        table.add_column(Text(head), overflow="fold")  # a name of the user may look like markup
+    for k, head in enumerate(content.heads):
+        numbers = k > 0 and all(NUMBER.fullmatch(row[k]) for row in content.rows)
+        justify = "right" if numbers else "left"
+        table.add_column(Text(head), overflow="fold", justify=justify)  # a name of the user may look like markup
     for first, *rest in content.rows:
         inner = first.startswith(" ")
         cells = (Text(cell, style=COLORS.get(cell.tone, "") if isinstance(cell, Cell) else "") for cell in rest)
