@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +25,12 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.early import wait_for_early_scores
+from lvrpo.rewards.early import EarlyScores, cancellation, wait_for_early_scores
 from lvrpo.rewards.endpoint import ChatEndpoint
 from lvrpo.rewards.function import reward
+from lvrpo.rewards.remote import RemoteReward
 from lvrpo.rewards.row import RewardConfig, RewardSource, local_source
+from lvrpo.rewards.table import score_groups
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
@@ -225,6 +231,103 @@ def test_an_interruption_ends_what_waits(
         assert time.monotonic() - began < 10  # not the 30 s of a try
     assert random.getstate() == chance
     assert not list((trainer.run.path / "checkpoints").glob("*.tmp*"))
+
+
+def one_group(prompt_id: str) -> Group:
+    prompt = Prompt(prompt_id, "generate", ("a circle",), ("image",))
+    return Group(prompt, ())
+
+
+def test_a_failure_ends_the_running_call_and_forgets_those_that_have_not_begun() -> None:
+    begun: list[str] = []
+    ended = threading.Event()
+
+    def score(groups: Sequence[Group]) -> Any:
+        begun.append(groups[0].prompt.id)
+        if cancellation().wait(WAIT_S) and cancellation().is_set():  # a later call of the same reward ends at once
+            ended.set()
+        raise RuntimeError("cancelled")
+
+    scores = EarlyScores()
+    scores.submit([one_group("first")], score)
+    while not begun:
+        time.sleep(0.01)
+    scores.submit([one_group("second")], score)
+
+    class Stops:
+        sides, judges = (), ("image",)
+
+        def applies(self, prompt: Prompt) -> bool:
+            raise LvrpoError("stop")
+
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            raise AssertionError
+
+    nobody: Any = None
+    with pytest.raises(LvrpoError, match="stop"):
+        score_groups([RewardSource(RewardConfig(name="python:stops"), Stops(), early=scores)], [one_group("p")], nobody)
+    assert ended.wait(WAIT_S / 2)
+    wait_for_early_scores()
+    assert begun == ["first"]
+
+
+def test_the_end_of_the_process_does_not_wait_for_a_call() -> None:
+    code = (
+        "import time; from lvrpo.rewards.early import EarlyScores; from lvrpo.types import Group, Prompt;"
+        "EarlyScores().submit([Group(Prompt('p', 'generate', ('a',), ('image',)), ())], lambda groups: time.sleep(600))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_call_may_score_with_rewards_that_wait() -> None:
+    done = threading.Event()
+
+    def score(groups: Sequence[Group]) -> Any:
+        wait_for_early_scores()
+        done.set()
+        raise RuntimeError("no scores")
+
+    EarlyScores().submit([one_group("p")], score)
+    assert done.wait(WAIT_S)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    EarlyScores().submit([one_group("p")], lambda groups: (groups, Scores(torch.zeros(1, 1))))
+    wait_for_early_scores()
+
+    def child() -> None:
+        done = threading.Event()
+        EarlyScores().submit([one_group("p")], lambda groups: (done.set(), Scores(torch.zeros(1, 1))))  # type: ignore[return-value]
+        wait_for_early_scores()
+        os._exit(0 if done.is_set() else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(WAIT_S)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def test_an_actor_is_asked_once_about_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def call(self: RemoteReward, name: str, prompts: Sequence[Prompt]) -> list[bool]:
+        calls.append(len(prompts))
+        return [True] * len(prompts)
+
+    monkeypatch.setattr(RemoteReward, "_call_actor", call)
+    remote = object.__new__(RemoteReward)
+    remote._applies_to = {}
+    prompts = [one_group(f"p{i}").prompt for i in range(4)]
+    remote.prefetch_applies(prompts[:2], keep=True)
+    remote.prefetch_applies(prompts[2:], keep=True)
+    remote.prefetch_applies(prompts)
+    assert all(remote.applies(prompt) for prompt in prompts)
+    assert calls == [2, 2]
+    remote.prefetch_applies([one_group("p0").prompt])
+    assert calls == [2, 2, 1]
+    assert len(remote._applies_to) == 1
 
 
 def test_rewards_that_ask_the_policy_do_not_wait(server: Any) -> None:

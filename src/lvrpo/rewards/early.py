@@ -5,11 +5,13 @@ One thread for all rewards of a process: a reward is never called by two threads
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -20,30 +22,83 @@ from lvrpo.types import Group, TextSegment
 Key = tuple[int, ...]
 Score = Callable[[Sequence[Group]], tuple[Sequence[Group], Scores]]
 """Returns the groups that a reward applies to, and their scores."""
-_thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
-_calls: WeakSet[threading.Event] = WeakSet()
+T = TypeVar("T")
+
+
+class _Worker:
+    """A thread that runs calls in order. It is a daemon: an interpreter that ends does not wait for what it does."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self._calls: SimpleQueue[tuple[int, Future[Any], Callable[[], Any]]] = SimpleQueue()  # Any: of each its own
+        self._lock = threading.Lock()
+        self._events: WeakSet[threading.Event] = WeakSet()
+        self._generation = self._running = 0
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this code runs in its thread."""
+        return threading.current_thread() is self.thread
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """The result of a call, once those before it are done; it is cancelled by ``cancel``."""
+        future: Future[T] = Future()
+        self._calls.put((self._generation, future, call))
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, name="rewards", daemon=True)
+            self.thread.start()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            self._running, future, call = self._calls.get()
+            if self._running != self._generation:
+                future.cancel()
+                continue
+            try:
+                result = call()
+            except BaseException as error:  # of whoever waits for the result
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    def event(self) -> threading.Event:
+        """An event that ``cancel`` sets, now or, for a call of a cancelled one, at once."""
+        event = threading.Event()
+        with self._lock:
+            self._events.add(event)
+            if self.is_current and self._running != self._generation:
+                event.set()
+        return event
+
+    def cancel(self) -> None:
+        """Sets all events and cancels the calls that have not begun."""
+        with self._lock:
+            self._generation += 1
+            for event in self._events:
+                event.set()
+
+
+_worker = _Worker()
+if hasattr(os, "register_at_fork"):  # a thread does not survive a fork
+    os.register_at_fork(after_in_child=_worker.__init__)
 
 
 def cancellation() -> threading.Event:
     """An event for a call that waits; it is set when nobody wants the result any more."""
-    event = threading.Event()
-    _calls.add(event)
-    return event
+    return _worker.event()
 
 
 def cancel_calls() -> None:
-    """Ends all calls that wait, as the run was interrupted or failed."""
-    for event in list(_calls):
-        event.set()
+    """Ends all calls that wait and forgets those not begun, as the run was interrupted or failed."""
+    if not _worker.is_current:  # a reward may score with others: its failure is its own
+        _worker.cancel()
 
 
 def wait_for_early_scores() -> None:
-    """Returns when the thread has nothing left to do; an interruption ends its calls."""
-    try:
-        _thread.submit(int).result()
-    except BaseException:
-        cancel_calls()
-        raise
+    """Returns when the thread has nothing left to do; at once in that thread itself."""
+    if _worker.thread is not None and not _worker.is_current:
+        _worker.submit(int).result()
 
 
 class _Row(NamedTuple):
@@ -70,7 +125,7 @@ class EarlyScores:
         ``score`` returns the groups that the reward applies to, and their scores.
         """
         self._queue.extend(groups)
-        self._results.append(_thread.submit(self._score_queue, score))
+        self._results.append(_worker.submit(lambda: self._score_queue(score)))
 
     def _score_queue(self, score: Score) -> dict[Key, _Row]:
         groups = [self._queue.popleft() for _ in range(len(self._queue))]
@@ -91,7 +146,8 @@ class EarlyScores:
         So what a reward raises is raised where it would be without the thread. After ``wait_for_early_scores``.
         """
         results, self._results = self._results, []
-        found = {key: row for result in results if result.exception() is None for key, row in result.result().items()}
+        done = [result for result in results if result.done() and not result.cancelled()]
+        found = {key: row for result in done if result.exception() is None for key, row in result.result().items()}
         keys = [_key(group) for group in groups]
         if not found or any(key not in found for key in keys):
             return None

@@ -194,16 +194,21 @@ class RemoteReward:
         self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
 
     def applies(self, prompt: Prompt) -> bool:
-        """See ``Reward.applies``; prompts of the last ``prefetch_applies`` need no further call."""
-        known = self._applies_to.get(id(prompt))
-        if known is None or known[0] is not prompt:
-            self.prefetch_applies([prompt])
+        """See ``Reward.applies``; prompts of ``prefetch_applies`` need no further call."""
+        self.prefetch_applies([prompt], keep=True)
         return self._applies_to[id(prompt)][1]
 
-    def prefetch_applies(self, prompts: Sequence[Prompt]) -> None:
-        """Asks about all prompts of a step at once, for a call waits behind those of other processes."""
-        reply = self._call_actor("applies", [_portable_prompt(prompt) for prompt in prompts])
-        self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, reply, strict=True)}
+    def prefetch_applies(self, prompts: Sequence[Prompt], keep: bool = False) -> None:
+        """Asks about all prompts that it does not know at once, for a call waits behind those of other processes.
+
+        ``keep``: prompts of calls before are remembered too.
+        """
+        same = [prompt for prompt in prompts if self._applies_to.get(id(prompt), (None,))[0] is prompt]
+        known = {id(prompt): self._applies_to[id(prompt)] for prompt in same}
+        asked = [prompt for prompt in prompts if id(prompt) not in known]
+        reply = self._call_actor("applies", [_portable_prompt(prompt) for prompt in asked]) if asked else ()
+        found = {id(prompt): (prompt, bool(own)) for prompt, own in zip(asked, reply, strict=True)}
+        self._applies_to = (self._applies_to if keep else {}) | known | found
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """See ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""

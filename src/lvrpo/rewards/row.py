@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -164,6 +164,15 @@ class RewardConfig(Config):
         return self.weight if self.schedule is None else self.weight * self.schedule.factor(step)
 
 
+@runtime_checkable
+class AsksInAdvance(Protocol):
+    """A reward that asks another process whether it applies to prompts."""
+
+    def prefetch_applies(self, prompts: Sequence[Prompt], keep: bool = False) -> None:
+        """Asks about all prompts at once; ``keep``: and remembers what it knew."""
+        ...
+
+
 @dataclass(frozen=True)
 class RewardSource:
     """A reward with its configuration."""
@@ -203,6 +212,8 @@ class RewardSource:
 
         def score(submitted: Sequence[Group]) -> tuple[Sequence[Group], Scores]:
             nobody: Any = None  # a reward without sides asks no judge
+            if isinstance(self.reward, AsksInAdvance):
+                self.reward.prefetch_applies([group.prompt for group in submitted], keep=True)
             chosen = [group for group in submitted if self.scores(group.prompt)]
             return chosen, self.score(chosen, nobody) if chosen else Scores(torch.zeros(0, len(submitted[0])))
 

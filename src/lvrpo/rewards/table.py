@@ -10,7 +10,7 @@ import torch
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Reward, judge_fingerprint
-from lvrpo.rewards.early import wait_for_early_scores
+from lvrpo.rewards.early import cancel_calls, wait_for_early_scores
 from lvrpo.rewards.remote import RemoteReward, remote_reward
 from lvrpo.rewards.row import RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import Group, RewardTable
@@ -79,6 +79,22 @@ def score_groups_unchecked(
     sources: Sequence[RewardSource], groups: Sequence[Group], judge: Judge, step: int = 0
 ) -> RewardTable:
     """``score_groups`` without a limit on failed scores, as for a part of the groups."""
+    try:
+        return _scored(sources, groups, judge, step)
+    except BaseException:
+        discard_early_scores(sources)
+        raise
+
+
+def discard_early_scores(sources: Sequence[RewardSource]) -> None:
+    """Ends calls that wait, and forgets what was submitted: the run was interrupted or failed."""
+    for source in sources:
+        source.early.discard()
+    cancel_calls()
+
+
+def _scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Judge, step: int) -> RewardTable:
+    """``score_groups_unchecked``; an exception leaves early scores behind."""
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
@@ -90,7 +106,9 @@ def score_groups_unchecked(
         if isinstance(source.reward, RemoteReward):  # one call for all
             source.reward.prefetch_applies([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
-        if chosen:
+        if not chosen:
+            source.early.discard()
+        else:
             of = [groups[p] for p in chosen]
             checked = checked_scores(source, of, source.judge or judge)
             result = checked.values

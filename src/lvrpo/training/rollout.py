@@ -15,8 +15,8 @@ from lvrpo.config import Config, default_kind
 from lvrpo.data.base import Task
 from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import MaskedScoring, Sampling, listening
-from lvrpo.rewards.early import cancel_calls
 from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.table import discard_early_scores
 from lvrpo.sampling import (
     check_window,
     decaying_window,
@@ -345,9 +345,7 @@ def _early_scores(
         with listening(announced) if waiting else nullcontext():
             yield submit
     except BaseException:
-        for source in waiting:
-            source.early.discard()
-        cancel_calls()
+        discard_early_scores(waiting)
         raise
 
 
