@@ -50,7 +50,7 @@ def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: 
     config = TrainConfig.model_validate(
         {
             "steps": 3,
-            "data": {"prompts_per_step": {"generate": 2, "understand": 4, "edit": 1, "reason": 3}},
+            "data": {"prompts_per_step": {"generate": 2, "understand": 4, "edit": 2, "reason": 3}},
             "rollout": {"group_size": 4, "num_steps": 5},
             "flow": {"top_bottom_k": 1},
             "validation": {"every": 100, "prompts": {"understand": 4}},

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -198,9 +199,13 @@ class _Mode(TorchDispatchMode):
         return run(function, args, kwargs or {})
 
 
-def _tensor(data: Any, make: Any = torch.tensor, **options: Any) -> torch.Tensor:
-    """``torch.tensor``, which reads the tensors in a list without asking the mode."""
-    return make(tree_map_only(DeviceTensor, lambda t: t.tolist(), data), **options)
+class _Lists(TorchFunctionMode):
+    """``torch.tensor`` reads the tensors in a list without asking a mode."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor and isinstance(args[0], list | tuple):
+            args = (tree_map_only(DeviceTensor, lambda t: t.tolist(), args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -210,7 +215,7 @@ def simulated_gpu() -> Iterator[None]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module moves by new parameters
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) asks the mode too
     try:
-        with _Mode(), mock.patch.object(torch, "tensor", _tensor), torch.autograd.set_multithreading_enabled(False):
+        with _Mode(), _Lists(), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lvrpo import __version__
 from lvrpo.commands.options import Options
+from lvrpo.commands.use_options import REPO_ID
 from lvrpo.distributed.peers import first_line
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies import BUILT_IN
@@ -21,7 +22,6 @@ from lvrpo.report.run import MARKERS, load_run
 from lvrpo.report.tables import TextTable
 from lvrpo.strict_yaml import parse_yaml
 
-REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 NOT_PUSHED = ("state", "checkpoint.json", "README.md")
 """Entries of a checkpoint that are not uploaded: those of the run, and the card, which is rewritten."""
 SENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -34,8 +34,6 @@ PIPELINE_TAGS = {
 
 
 def push(options: Options) -> None:
-    if not re.fullmatch(REPO_ID, options.repo):
-        raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
     folder = policy_folder(options.model)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if _is_sent(path.relative_to(folder))]
@@ -159,8 +157,6 @@ def _license_of(base: str) -> str | None:
 
 def pull(options: Options) -> None:
     hub, folder = _library(), options.folder
-    if not re.fullmatch(REPO_ID, options.repo):
-        raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
     part = folder.with_name(f"{folder.name}.part")

@@ -7,15 +7,16 @@ from contextlib import suppress
 from lvrpo.commands.options import Options
 from lvrpo.commands.progress import print_tables
 from lvrpo.errors import InputError
-from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.report import build_report
 from lvrpo.report.page import serve
 from lvrpo.report.run import load_run
 from lvrpo.report.tables import compare_runs, seeds_table
-from lvrpo.training.rollout_log import has_records
 
 
 def report(options: Options) -> None:
+    from lvrpo.evaluation.reward_audit import write_audit  # twice the modules of the other two commands
+    from lvrpo.training.rollout_log import has_records
+
     load_run(options.run)  # raises before the audit is written
     if has_records(options.run):
         write_audit(options.run)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
 from lvrpo.commands.options import (
     Command,
+    Options,
     Parser,
     add_base,
     add_force,
@@ -21,7 +23,10 @@ from lvrpo.commands.options import (
     share,
     up_to,
 )
+from lvrpo.errors import InputError
 
+REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+"""A repository of the Hugging Face Hub."""
 RENORMS = ("none", "global", "channel", "channel_match", "text_channel")
 
 
@@ -187,6 +192,11 @@ def _pull_options(parser: Parser) -> None:
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: main)")
 
 
+def _check_repo(options: Options) -> None:
+    if not re.fullmatch(REPO_ID, options.repo):
+        raise InputError(f"{options.repo!r}: is not the name of a repository: write ORG/NAME")
+
+
 PUSH = Command(
     "upload a model or an adapter to the Hugging Face Hub, with a model card",
     _push_options,
@@ -197,10 +207,12 @@ PUSH = Command(
           lvrpo push runs/mine me/my-model
 
         The card states the results and the recipe of the run, its known limits, and the license of the base."""),
+    _check_repo,
 )
 PULL = Command(
     "download a model from the Hugging Face Hub: weights, configuration and tokenizer, no code",
     _pull_options,
     "lvrpo.commands.hub:pull",
     "examples:\n  lvrpo pull me/my-model models/my-model",
+    _check_repo,
 )
