@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not several_processes():  # these check the same, and stop together
                     command.check(options)
                 with joined_process_group(options):
-                    command.start(options)
+                    command.load()(options)
                 sys.stdout.flush()
             return DONE
     except BrokenPipeError:

@@ -299,5 +299,5 @@ def test_torchrun_evaluates_and_resumes_with_another_number(
 def test_what_several_processes_cannot_share(more: list[str], says: str) -> None:
     parsed = parse_command(["evaluate", "tiny", *more])
     assert parsed is not None
-    found = in_ranks(2, lambda rank: parsed[0].run(parsed[1]))
+    found = in_ranks(2, lambda rank: parsed[0].load()(parsed[1]))
     assert all(isinstance(each, InputError) and says in str(each) for each in found), found

@@ -94,12 +94,12 @@ class Command:
     """The function that runs it, as module:name; imported when it does."""
     details: str = ""
     check: Callable[[Options], object] = lambda options: None
-    """Raises InputError for wrong input that is found without torch and the training code; called before ``start``."""
+    """Raises InputError for wrong input that is found without torch and the training code; called before ``load``."""
 
-    def start(self, options: Options) -> None:
-        """Runs the command."""
+    def load(self) -> Callable[[Options], object]:
+        """The function that runs it."""
         module, _, name = self.run.partition(":")
-        getattr(importlib.import_module(module), name)(options)  # a function of the module
+        return getattr(importlib.import_module(module), name)
 
 
 def up_to(most: int, least: int = 1) -> Callable[[str], int]:

@@ -15,7 +15,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Expert, Modules
-from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.flow import sampling_grid
@@ -188,6 +188,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
                 text = self.parts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
                 segment = TextSegment(torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, text, ended)
                 found.append(Trajectory(prompt, member, (segment,), each))
+            announce(found[-len(own) :])
         return found
 
     def _decoder(self, questions: Sequence[PromptParts]) -> tuple[Decoder, list[int]]:
