@@ -49,12 +49,16 @@ def policy(policies: Callable[[str], DiffusersPolicy]) -> DiffusersPolicy:
 
 
 @pytest.fixture
-def at_32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipelines edit at 32 x 32 instead of a megapixel."""
+def at_48_by_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines edit at 48 x 32 instead of a megapixel; the text encoder's size of the Plus pipeline is its own."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (32, 32, None))
-    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 32)
+    plus = pipeline_qwenimage_edit_plus
+    right, edited = plus.calculate_dimensions, plus.VAE_IMAGE_SIZE
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (48, 32, None))
+    monkeypatch.setattr(
+        plus, "calculate_dimensions", lambda area, ratio: (48, 32) if area == edited else right(area, ratio)
+    )
 
 
 @pytest.fixture
@@ -81,10 +85,10 @@ def segment(trajectory: Trajectory) -> FlowSegment:
     return found
 
 
-@pytest.mark.usefixtures("at_32")
+@pytest.mark.usefixtures("at_48_by_32")
 @pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
 def test_an_edit_is_that_of_the_pipeline(
-    name: str, folders: Callable[[str], Path], reference: Callable[[Path], Any], prompts: list[Prompt]
+    name: str, folders: Callable[[str], Path], reference: Callable[[Path], Any]
 ) -> None:
     folder = Path(shutil.copytree(folders(KIND), "edits"))  # both pipelines have the same parts
     change_json(folder / "model_index.json", _class_name=name)
@@ -92,14 +96,16 @@ def test_an_edit_is_that_of_the_pipeline(
     policy, pipe = load_policy(folder), reference(folder)
     assert isinstance(policy, DiffusersEditOnlyPolicy)
     assert type(pipe).__name__ == name
-    shape = 16, policy.pipeline.channels
+    shape, generator = (24, policy.pipeline.channels), torch.Generator().manual_seed(2)
+    sources = [torch.rand(3, *size, generator=generator) for size in ((20, 30), (64, 96))]  # neither is the drawing's
+    prompts = [Prompt(f"e{i}", "edit", (source, "make it red"), ("image",)) for i, source in enumerate(sources)]
     for guidance in (1.0, 4.0):
-        groups = policy.sample(prompts, replace(ODE, guidance_scale=guidance), [3, 3])
+        groups = policy.sample(prompts, replace(ODE, image_size=(32, 48), guidance_scale=guidance), [3, 3])
         for group in groups:
             source, text = group.prompt.parts
             assert isinstance(source, torch.Tensor)
             noise = normal_noise([derive_seed(t.seed, "noise") for t in group.trajectories], shape)
-            given = {"num_images_per_prompt": 2, "num_inference_steps": 4, "height": 32, "width": 32, "latents": noise}
+            given = {"num_images_per_prompt": 2, "num_inference_steps": 4, "height": 32, "width": 48, "latents": noise}
             given |= {"true_cfg_scale": guidance, **({"negative_prompt": " "} if guidance > 1 else {})}
             for kind in ("latent", "pt"):
                 found = pipe(image=to_pil(source), prompt=text, output_type=kind, **given)[0]
