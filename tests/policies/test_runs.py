@@ -320,7 +320,9 @@ RANDOM: list[tuple[str, tuple[str, ...], str]] = [
     ("mmada-tiny", ("width=32", "seed=3"), "a random MMaDA of"),
     ("showo2-tiny", ("seed=3",), "a random Show-o2 of"),
     ("sd3-tiny", ("depth=1", "seed=3"), "a random Stable Diffusion 3 of"),
+    ("flux-tiny", ("depth=1", "seed=3"), "a random FLUX of"),
     ("kontext-tiny", ("depth=1", "seed=3"), "a random FLUX Kontext of"),
+    ("qwen-image-tiny", ("depth=1", "seed=3"), "a random Qwen-Image of"),
     ("qwen-image-edit-tiny", ("depth=1", "seed=3"), "a random Qwen-Image-Edit of"),
     ("z-image-tiny", ("depth=1", "seed=3"), "a random Z-Image of"),
 ]
