@@ -106,7 +106,7 @@ class QwenImageEdit(QwenImage):
 
     def prompt_tokens(self, grid: Grid) -> int:
         processor, (height, width) = self.pipe.processor.image_processor, self.read_size(grid)
-        return 511 + processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+        return 511 + processor.get_number_of_image_patches(height, width, {}) // processor.merge_size**2
 
     def read_size(self, grid: Grid) -> tuple[int, int]:
         """Height and width of the source image for the text encoder, whose processor resizes it further."""
