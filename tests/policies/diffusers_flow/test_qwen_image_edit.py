@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from small_vlm import change_json, without_videos
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
+from lvrpo.policies import latent_cache
 from lvrpo.policies.diffusers_flow.policy import DiffusersEditOnlyPolicy, DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, normal_noise
@@ -143,6 +145,29 @@ def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
 
 def test_a_saved_folder_has_its_processor(policy: DiffusersPolicy, prompts: list[Prompt]) -> None:
     policy.save(Path("saved"))
+def test_large_sources_are_encoded_once_and_not_kept(policy: DiffusersPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[weakref.ref[torch.Tensor]] = []
+    right = policy.pipeline._encode_source
+
+    def encode(image: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        encoded.append(weakref.ref(image))
+        return right(image, grid)
+
+    def edit() -> int:
+        encoded.clear()
+        sources = [torch.rand(3, 64, 96) for _ in range(2)]
+        policy.sample([Prompt("e", "edit", (s, "make it red"), ("image",)) for s in sources], ODE, [1, 2])
+        return len(encoded)
+
+    monkeypatch.setattr(policy.pipeline, "_encode_source", encode)
+    # both latents, which are less than one source
+    monkeypatch.setattr(latent_cache, "LATENT_CACHE_BYTES", 2 * 4 * 16 * policy.pipeline.channels)
+    assert edit() == 2
+    assert [image() for image in encoded] == [None, None]
+    monkeypatch.setattr(latent_cache, "LATENT_CACHE_BYTES", 1)
+    assert edit() == 2 * ODE.num_steps  # each once in a pass of two branches and two members
+
+
     assert possible_tasks("saved") == policy.tasks == ("edit",)
     again = load_policy("saved")
     (one,), (other,) = (p.sample(prompts[:1], ODE, [1]) for p in (policy, again))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.weak import TensorWeakRef
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
@@ -67,7 +68,7 @@ class FlowPipeline(ABC):
         """``pipe``: the pipeline of diffusers, read from ``folder``. Any: of an optional package."""
         self.pipe, self.folder = pipe, folder
         self.config: Any = pipe.transformer.config
-        self._encoded: OrderedDict[Hashable, tuple[Image | None, Condition]] = OrderedDict()
+        self._encoded: OrderedDict[Hashable, tuple[TensorWeakRef | None, Condition]] = OrderedDict()
         self._sources = LatentCache()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -133,11 +134,12 @@ class FlowPipeline(ABC):
         """The encoded prompts with a batch dimension, each different one encoded once; images differ by object."""
         keys = [(text, id(source), grid) if self.encodes_source else text for text, source in rows]
         for key, (text, source) in zip(keys, rows, strict=True):
-            if key not in self._encoded:
-                reads = source if self.encodes_source else None
+            reads = source if self.encodes_source else None
+            image = self._encoded[key][0] if key in self._encoded else None
+            if key not in self._encoded or (image is not None and image() is not reads):  # another image had this id
                 with torch.autocast(device.type, enabled=False):
                     encoded = self.encode_prompt(text) if reads is None else self.encode_edit(text, reads, grid)
-                self._encoded[key] = reads, encoded  # the image is held, so that its identity stays its own
+                self._encoded[key] = None if reads is None else TensorWeakRef(reads), encoded
             self._encoded.move_to_end(key)
         found = [self._encoded[key][1] for key in keys]
         while len(self._encoded) > ENCODED_PROMPTS:

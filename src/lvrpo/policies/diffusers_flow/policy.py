@@ -163,9 +163,11 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
         """See ``LatentFlowPolicy.flow``."""
         dtype, branches = self.base_weight.dtype, len(rows) // len(x_t)
         condition = dict(self.pipeline.conditions(rows, grid, self.device))
-        sources = [self.pipeline.encode_source(source, grid) for _, source in rows if source is not None]
+        sources = [source for _, source in rows if source is not None]
         if sources:
-            condition["source"] = torch.stack(sources).to(self.device)
+            different = {id(source): source for source in sources}
+            latents = {key: self.pipeline.encode_source(source, grid) for key, source in different.items()}
+            condition["source"] = torch.stack([latents[id(source)] for source in sources]).to(self.device)
         condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         embedded = scale if self.pipeline.guidance == "embedded" else None
         x_t, t = x_t.repeat(branches, 1, 1).to(dtype), t.repeat(branches)
