@@ -89,11 +89,13 @@ PICTURE_SIZES = (
 
 
 def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
-    """Raises InputError where a processor makes other tokens of a picture than the model has features of it.
+    """Raises InputError where a processor reads no pictures, or makes other tokens of one than the model has features.
 
     Any: a processor and a configuration of an optional package; not all have these numbers.
     """
-    vision, pictures = getattr(config, "vision_config", None), processor.image_processor
+    vision, pictures = getattr(config, "vision_config", None), getattr(processor, "image_processor", None)
+    if pictures is None:
+        raise InputError(f"{folder}: a {type(processor).__name__} reads no pictures: use the model's own processor")
     pairs = [(own, getattr(pictures, own, None), getattr(vision, other, None)) for own, other in PICTURE_SIZES]
     pairs.append(
         ("image_token_id", getattr(processor, "image_token_id", None), getattr(config, "image_token_id", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 import weakref
@@ -204,3 +205,11 @@ def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None
     file.write_text("{")
     with pytest.raises(InputError, match=r"edits/processor: cannot be loaded \(.*\): restore the folder"):
         load_policy(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in ("AutoProcessor", "Qwen2Tokenizer"):
+        change_json(folder / "model_index.json", processor=["transformers", name])
+        with pytest.raises(
+            InputError, match=r"edits/processor: a \w+ reads no pictures: use the model's own processor"
+        ):
+            load_policy(folder)
+    change_json(folder / "model_index.json", **index)

@@ -14,6 +14,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
 from lvrpo.policies.transformers_checkpoint import require_same_pictures
 from lvrpo.types import Image
+from lvrpo.policies.transformers_library import transformers_library
 
 
 class QwenImage(FlowPipeline):
@@ -102,7 +103,19 @@ class QwenImageEdit(QwenImage):
     @classmethod
     def part_class(cls, part: str, found: Any) -> Any:
         """The processor without its part for videos, which needs torchvision."""
-        return _pictures_alone(found) if part == "processor" else found
+        mixin = transformers_library("a processor").ProcessorMixin
+        return _pictures_alone(found) if part == "processor" and issubclass(found, mixin) else found
+
+    def grid(self, image_size: tuple[int, int] | None) -> Grid:
+        """See ``FlowPipeline.grid``; the text encoder must be able to read an image of these sides."""
+        grid = super().grid(image_size)
+        short, long = sorted(self.read_size(grid))
+        if long > WIDEST * short:
+            raise InputError(
+                f"image_size={[side * self.stride for side in grid]}: the text encoder reads images of sides up to "
+                f"{WIDEST} : 1: use a size that is less elongated"
+            )
+        return grid
 
     def prompt_tokens(self, grid: Grid) -> int:
         processor, (height, width) = self.pipe.processor.image_processor, self.read_size(grid)
