@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from small_vlm import change_json, without_videos
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
-from lvrpo.policies.base import Sampling
 from lvrpo.policies import latent_cache
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.policy import DiffusersEditOnlyPolicy, DiffusersPolicy
+from lvrpo.policies.diffusers_flow.qwen_image import QwenImageEditPlus
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.training.memory_estimate import LiveBytes, fake_weights
@@ -144,8 +145,6 @@ def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
     assert len(policy.pipeline._encoded) == 4  # each edit with its text, and without
 
 
-def test_a_saved_folder_has_its_processor(policy: DiffusersPolicy, prompts: list[Prompt]) -> None:
-    policy.save(Path("saved"))
 def test_large_sources_are_encoded_once_and_not_kept(policy: DiffusersPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[weakref.ref[torch.Tensor]] = []
     right = policy.pipeline._encode_source
@@ -169,6 +168,8 @@ def test_large_sources_are_encoded_once_and_not_kept(policy: DiffusersPolicy, mo
     assert edit() == 2 * ODE.num_steps  # each once in a pass of two branches and two members
 
 
+def test_a_saved_folder_has_its_processor(policy: DiffusersPolicy, prompts: list[Prompt]) -> None:
+    policy.save(Path("saved"))
     assert possible_tasks("saved") == policy.tasks == ("edit",)
     again = load_policy("saved")
     (one,), (other,) = (p.sample(prompts[:1], ODE, [1]) for p in (policy, again))
@@ -194,6 +195,12 @@ def test_what_it_cannot_be_asked_is_one_line(policy: DiffusersPolicy, sources: l
     ):
         with pytest.raises(InputError, match=words):
             policy.sample([Prompt("p", "edit", parts, ("image",))], ODE, [0])
+    words = r"image_size=\[16, 4096\]: the text encoder reads images of sides up to 200 : 1: use a size that is less"
+    with pytest.raises(InputError, match=words):
+        policy.check_sampling(replace(ODE, image_size=(16, 4096)))
+    plus = QwenImageEditPlus(policy.pipeline.pipe, policy.pipeline.folder)
+    with pytest.raises(InputError, match=r"image_size=\[8192, 8\]: the text encoder reads"):
+        plus.grid((8192, 8))
 
 
 def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None:
@@ -201,9 +208,6 @@ def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None
     file = folder / "processor/preprocessor_config.json"
     change_json(file, merge_size=1)
     with pytest.raises(InputError, match=r"edits/processor: its processor has merge_size=1, config\.json says 2"):
-        load_policy(folder)
-    file.write_text("{")
-    with pytest.raises(InputError, match=r"edits/processor: cannot be loaded \(.*\): restore the folder"):
         load_policy(folder)
     index = json.loads((folder / "model_index.json").read_text())
     for name in ("AutoProcessor", "Qwen2Tokenizer"):
@@ -213,3 +217,6 @@ def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None
         ):
             load_policy(folder)
     change_json(folder / "model_index.json", **index)
+    file.write_text("{")
+    with pytest.raises(InputError, match=r"edits/processor: cannot be loaded \(.*\): restore the folder"):
+        load_policy(folder)

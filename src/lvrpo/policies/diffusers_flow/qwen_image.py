@@ -9,12 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
 from lvrpo.policies.transformers_checkpoint import require_same_pictures
-from lvrpo.types import Image
 from lvrpo.policies.transformers_library import transformers_library
+from lvrpo.types import Image
+
+WIDEST = 200
+"""Ratio of the longer side to the shorter one up to which the processor of Qwen2-VL reads an image."""
 
 
 class QwenImage(FlowPipeline):
