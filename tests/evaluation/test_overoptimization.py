@@ -10,7 +10,7 @@ import pytest
 
 from lvrpo.audit_records import Alarms, Window
 from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, detect_overoptimization
-from lvrpo.evaluation.reward_ranking import AdvantageSettings, Groups, RecordedRun, Validations, split_windows
+from lvrpo.evaluation.reward_ranking import AdvantageSettings, RecordedGroups, RecordedRun, Validations, split_windows
 
 STEPS, P, G = 50, 6, 4
 
@@ -26,7 +26,7 @@ def alarms(
 ) -> Alarms:
     n = len(reward)
     nothing = np.full((n, G), np.nan, dtype=np.float32)
-    groups = Groups(
+    groups = RecordedGroups(
         names=("reward",),
         weights=np.ones((n, 1), dtype=np.float32),
         step=np.repeat(np.arange(1, n // P + 1), P),

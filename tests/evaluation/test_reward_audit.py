@@ -21,7 +21,13 @@ from lvrpo.evaluation.reward_audit import (
     by_step,
     write_audit,
 )
-from lvrpo.evaluation.reward_ranking import AdvantageSettings, Groups, RecordedRun, read_recorded_run, split_windows
+from lvrpo.evaluation.reward_ranking import (
+    AdvantageSettings,
+    RecordedGroups,
+    RecordedRun,
+    read_recorded_run,
+    split_windows,
+)
 from lvrpo.report.audit import audit_section, read_audit
 from lvrpo.report.formatting import NONE, share
 from lvrpo.training.advantages import win_rates
@@ -75,9 +81,9 @@ def audited(
     controls: Sequence[RolloutRecord] = (),
     verifiers: tuple[str, ...] = (),
 ) -> RewardAudit:
-    groups = Groups.join(records)
+    groups = RecordedGroups.join(records)
     assert groups is not None
-    return audit_rewards(RecordedRun(groups, Groups.join(controls), [], settings, verifiers))
+    return audit_rewards(RecordedRun(groups, RecordedGroups.join(controls), [], settings, verifiers))
 
 
 def scorer(audit: RewardAudit, name: str, task: str = "generate") -> ScorerAudit:
@@ -302,8 +308,8 @@ def test_curves_by_hand_and_bounded() -> None:
 def test_records_of_other_rewards_are_refused() -> None:
     one, other = record(1, [[[0.0], [1.0]]], names=["one"]), record(2, [[[0.0], [1.0]]], names=["two"])
     with pytest.raises(InputError, match="scores of step 2: other rewards"):
-        Groups.join([one, other])
-    assert Groups.join([]) is None
+        RecordedGroups.join([one, other])
+    assert RecordedGroups.join([]) is None
 
 
 def test_a_run_without_scores_is_one_line(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from lvrpo.audit_records import (
 from lvrpo.evaluation.reward_ranking import (
     AdvantageSettings,
     Array,
-    Groups,
+    RecordedGroups,
     RecordedRun,
     Validations,
     group_auc,
@@ -82,8 +82,8 @@ def audit_rewards(record: RecordedRun) -> RewardAudit:
 
 
 def _audit_task(
-    groups: Groups,
-    controls: Groups | None,
+    groups: RecordedGroups,
+    controls: RecordedGroups | None,
     windows: Sequence[Window],
     settings: AdvantageSettings,
     verifiers: Sequence[str] = (),
@@ -137,7 +137,9 @@ def _audit_task(
     )
 
 
-def _advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
+def _advantage_shares(
+    groups: RecordedGroups, settings: AdvantageSettings
+) -> tuple[dict[str, float], float, float, Series]:
     """Variance shares of the advantages by reward, the remainder, the share of groups with signal, and curves."""
     names, scores, mask, weights = groups.trained_rewards()
     if settings.kind == "win_rate":
@@ -161,7 +163,7 @@ def _advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict
     return shares, float(found.rest.sum() / total), float((found.total > 0).float().mean()), series
 
 
-def _other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
+def _other_formula_shares(groups: RecordedGroups, settings: AdvantageSettings) -> list[float]:
     """Variance shares of the trained rewards under the other advantage formula, on the same scores."""
     names, scores, mask, weights = groups.trained_rewards()
     floor = settings.std_floor
@@ -182,7 +184,11 @@ def _other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[f
 
 
 def _mean_change(
-    groups: Groups, values: Array, windows: Sequence[Window], controls: Groups | None, base: Array | None
+    groups: RecordedGroups,
+    values: Array,
+    windows: Sequence[Window],
+    controls: RecordedGroups | None,
+    base: Array | None,
 ) -> Change:
     """Mean of a scorer or trait in the first and in the last window, with groups as units."""
     means = group_means(values)
@@ -223,13 +229,13 @@ def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
     return mask.any(dim=2) if per_reward else complete_members(mask)
 
 
-def _auc_series(groups: Groups, names: Sequence[str]) -> Series:
+def _auc_series(groups: RecordedGroups, names: Sequence[str]) -> Series:
     """AUC of right against wrong members, by step."""
     scorers = groups.scorers()
     return {f"auc/{name}": by_step(groups.step, group_auc(scorers[name], groups.success)) for name in names}
 
 
-def _missing(groups: Groups, name: str) -> float:
+def _missing(groups: RecordedGroups, name: str) -> float:
     if name not in groups.names:
         return 0.0
     k = groups.names.index(name)
@@ -340,7 +346,11 @@ def _largest_divergence(
 
 
 def _pairs(
-    task: str, groups: Groups, validations: Validations, windows: Sequence[Window], same: list[tuple[str, str, str]]
+    task: str,
+    groups: RecordedGroups,
+    validations: Validations,
+    windows: Sequence[Window],
+    same: list[tuple[str, str, str]],
 ) -> Iterator[RewardScorerPair]:
     """The pairs of one task; pairs with equal scores for every output are added to ``same``."""
     scorers = groups.scorers()
@@ -359,7 +369,7 @@ def _pairs(
             yield RewardScorerPair(task, reward, VALIDATION, rewards, validation, True, (of_rewards, ()))
 
 
-def _window_means(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
+def _window_means(groups: RecordedGroups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
     """Group means of each window, and the categories of their prompts."""
     means = group_means(values)
     finite = np.isfinite(means)

@@ -57,7 +57,7 @@ class AdvantageSettings:
 
 
 @dataclass(frozen=True)
-class Groups:
+class RecordedGroups:
     """The groups of many steps, concatenated: N groups of G members, with K rewards."""
 
     names: tuple[str, ...]
@@ -89,7 +89,7 @@ class Groups:
     """K choices of ``rewards.normalize``, "" where ``advantages.kind`` decides; empty: that for all."""
 
     @classmethod
-    def join(cls, records: Iterable[RolloutRecord]) -> Groups | None:
+    def join(cls, records: Iterable[RolloutRecord]) -> RecordedGroups | None:
         """Concatenates records; None if there are none. Raises InputError if their rewards differ."""
         rows = list(records)
         if not rows:
@@ -111,7 +111,7 @@ class Groups:
         category = np.concatenate([np.array(row.categories or [""] * len(row.tasks), dtype=np.str_) for row in rows])
         return cls(rows[0].names, weights, step, task, category, **joined, normalize=rows[0].normalize)
 
-    def select(self, rows: NDArray[np.bool_]) -> Groups:
+    def select(self, rows: NDArray[np.bool_]) -> RecordedGroups:
         """The groups where ``rows`` is True."""
         group_means = {
             f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "normalize")
@@ -158,8 +158,8 @@ class Groups:
 class RecordedRun:
     """Everything that the audit of a run reads."""
 
-    groups: Groups
-    controls: Groups | None
+    groups: RecordedGroups
+    controls: RecordedGroups | None
     validations: Validations
     settings: AdvantageSettings
     verifiers: tuple[str, ...] = ()
@@ -183,11 +183,11 @@ def read_recorded_run(run: Path) -> RecordedRun:
         rewards = [(row.get("label") or row["name"], row) for row in config.get("rewards") or ()]
         default = (config.get("health") or {}).get("max_failed", 1.0)  # runs of older versions have none
         shares = {title: default if row.get("max_failed") is None else row["max_failed"] for title, row in rewards}
-    groups = Groups.join(read_steps(run))
+    groups = RecordedGroups.join(read_steps(run))
     assert groups is not None
     graded = [(title, row.get("weight") != 0) for title, row in rewards if row.get("name") == VERIFIER]
     titles = tuple(title for title, _ in sorted(graded, key=lambda pair: pair[1]))
-    controls, validations = Groups.join(read_controls(run)), list(read_validations(run))
+    controls, validations = RecordedGroups.join(read_controls(run)), list(read_validations(run))
     return RecordedRun(groups, controls, validations, AdvantageSettings(**known), titles, shares)
 
 

@@ -165,7 +165,7 @@ class RewardConfig(Config):
 
 
 @runtime_checkable
-class AsksInAdvance(Protocol):
+class SupportsPrefetch(Protocol):
     """A reward that asks another process whether it applies to prompts."""
 
     def prefetch_applies(self, prompts: Sequence[Prompt], keep: bool = False) -> None:
@@ -212,7 +212,7 @@ class RewardSource:
 
         def score(submitted: Sequence[Group]) -> tuple[Sequence[Group], Scores]:
             nobody: Any = None  # a reward without sides asks no judge
-            if isinstance(self.reward, AsksInAdvance):
+            if isinstance(self.reward, SupportsPrefetch):
                 self.reward.prefetch_applies([group.prompt for group in submitted], keep=True)
             chosen = [group for group in submitted if self.scores(group.prompt)]
             return chosen, self.score(chosen, nobody) if chosen else Scores(torch.zeros(0, len(submitted[0])))

@@ -24,21 +24,21 @@ from lvrpo.policies.diffusers_flow.pipelines import TRAINED, Grid
 from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.flow import FlowSample, flow_segments
 from lvrpo.sampling import derive_seed
-from lvrpo.training.inference_servers import HttpServer, ServerEngineConfig
+from lvrpo.training.inference_servers import EngineClient, ServerEngineConfig
 from lvrpo.training.policies import weights_checksum
 from lvrpo.types import Group, Prompt, Trajectory
 
 PROBE = "a red circle above a blue square"
 PROBE_SIDE = 256
 """Pixels, rounded down to whole patches."""
-MAX_DIFFERENCE = 0.1
+MAX_VELOCITY_DIFFERENCE = 0.1
 """Maximum difference of a velocity of the server from the policy's, relative to its norm. 16-bit weights and other
 kernels move it by a few percent; a wrong prompt template, time or sign by far more."""
-SIGMAS = 1e-3
+MAX_TIME_DIFFERENCE = 1e-3
 """Maximum difference of the times."""
 
 
-class SGLangDiffusionServer(HttpServer):
+class SGLangDiffusionServer(EngineClient):
     """``sglang serve`` with a pipeline whose latents are packed: Qwen-Image, FLUX. See ``RolloutEngine``."""
 
     name = "SGLang-Diffusion"
@@ -100,10 +100,10 @@ class SGLangDiffusionServer(HttpServer):
         x_t, t = states[:1].to(policy.device), sigmas[:1].to(policy.device)
         own = policy.flow([policy.row(prompt)], x_t, t, grid, guidance)[0].cpu()
         difference = float((served - own).norm() / own.norm().clamp(min=1e-8))
-        if not difference <= MAX_DIFFERENCE:
+        if not difference <= MAX_VELOCITY_DIFFERENCE:
             raise ContractError(
                 f"rollout engine: a velocity of {self.name} differs from the policy's by {difference:.3g} of its norm, "
-                f"limit {MAX_DIFFERENCE}: start it on the folder of the base, without caches that skip steps"
+                f"limit {MAX_VELOCITY_DIFFERENCE}: start it on the folder of the base, without caches that skip steps"
             )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
@@ -112,7 +112,10 @@ class SGLangDiffusionServer(HttpServer):
         self._check(sampling)
         grid = policy.latent_grid(sampling.image_size)
         plain = replace(sampling, sampler="ode", window=())
-        draw = lambda prompt, seed: self._draw(prompt, plain, grid, seed, [plain.num_steps])  # noqa: E731
+
+        def draw(prompt: Prompt, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return self._draw(prompt, plain, grid, seed, [plain.num_steps])
+
         with ThreadPoolExecutor(min(self.config.workers, max(1, len(prompts)))) as pool:
             for prompt, seed, drawn in zip(prompts, seeds, pool.map(draw, prompts, seeds), strict=True):
                 latents = torch.stack([states[-1] for states, _ in drawn]).to(policy.device)
@@ -179,7 +182,7 @@ class SGLangDiffusionServer(HttpServer):
                     f"rollout engine: {self.name} returned states of {tuple(states.shape)}, not {shape}: it packs "
                     "latents of Qwen-Image and FLUX alone: use rollout.engine.kind=process"
                 )
-            if sigmas.shape != times.shape or float((sigmas - times).abs().max()) > SIGMAS:
+            if sigmas.shape != times.shape or float((sigmas - times).abs().max()) > MAX_TIME_DIFFERENCE:
                 raise ContractError(
                     f"rollout engine: {self.name} draws at other times than the policy: start it on the folder of the "
                     "base"

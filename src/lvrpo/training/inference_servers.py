@@ -71,8 +71,8 @@ class ServerEngineConfig(Config):
         return url.rstrip("/")
 
 
-class HttpServer:
-    """A server with the model of the base: its address, and a folder from which it loads new weights."""
+class EngineClient:
+    """The client of a server with the model of the base: its address, and a folder from which it loads new weights."""
 
     name: ClassVar[str]
     command: ClassVar[str]
@@ -139,7 +139,7 @@ class HttpServer:
         return reply
 
 
-class InferenceServer(HttpServer, ABC):
+class InferenceServer(EngineClient, ABC):
     """Samples answers on a server and sends it new weights; see ``RolloutEngine``."""
 
     def __init__(self, policy: Policy, config: ServerEngineConfig) -> None:

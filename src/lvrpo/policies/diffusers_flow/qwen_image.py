@@ -28,8 +28,8 @@ class QwenImage(FlowPipeline):
     transformer_class = "QwenImageTransformer2DModel"
     defaults = Sampling(num_steps=50, guidance_scale=4.0, guidance_renorm="channel_match", solver="euler")
     empty_prompt = " "
-    picture_words: ClassVar[str] = ""
-    """Before the prompt, where the template itself does not name the picture."""
+    prompt_prefix: ClassVar[str] = ""
+    """Before the prompt in the template, which names the source image."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
         """See ``FlowPipeline``."""
@@ -45,7 +45,7 @@ class QwenImage(FlowPipeline):
     def longest_prompt(self) -> tuple[Any, int]:
         """512 tokens, among them what the template puts after the prompt."""
         pipe = self.pipe
-        template = pipe.tokenizer(pipe.prompt_template_encode.format(self.picture_words)).input_ids
+        template = pipe.tokenizer(pipe.prompt_template_encode.format(self.prompt_prefix)).input_ids
         return pipe.tokenizer, 512 + pipe.prompt_template_encode_start_idx - len(template)
 
     def prompt_tokens(self, grid: Grid) -> int:
@@ -132,7 +132,7 @@ class QwenImageEdit(QwenImage):
     def encode_edit(self, text: str, source: Image, grid: Grid) -> Condition:
         pipe = self.pipe
         picture = pipe.image_processor.resize(to_pil(source), *self.read_size(grid))
-        words = pipe.prompt_template_encode.format(self.picture_words + text)
+        words = pipe.prompt_template_encode.format(self.prompt_prefix + text)
         inputs = pipe.processor(text=[words], images=[picture], return_tensors="pt").to(pipe.text_encoder.device)
         states = pipe.text_encoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
         return {"embeds": states[0, pipe.prompt_template_encode_start_idx :]}
@@ -141,7 +141,7 @@ class QwenImageEdit(QwenImage):
 class QwenImageEditPlus(QwenImageEdit):
     """Qwen-Image-Edit-2509 and later, with one source image: the text encoder reads it at about 384 x 384."""
 
-    picture_words = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+    prompt_prefix = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
 
     def read_size(self, grid: Grid) -> tuple[int, int]:
         """An area of 384 x 384, sides rounded to multiples of 32."""
