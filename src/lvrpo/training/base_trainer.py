@@ -34,6 +34,9 @@ from lvrpo.training.checkpoint import (
 from lvrpo.training.memory import return_freed_memory
 from lvrpo.training.run_directory import RunDirectory
 
+RETURN_MEMORY_EVERY = 16
+"""Steps after which freed memory is returned to the system; the step after it takes pages from the system again."""
+
 
 class Interrupted(KeyboardInterrupt):
     """The run stopped on request after writing a checkpoint; the message says how to resume."""
@@ -159,7 +162,8 @@ class BaseTrainer(ABC, Generic[C, S]):
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (self.config.steps - state.step)}
         self.run.append_metrics(row)
         observe(row)
-        return_freed_memory()
+        if state.step % RETURN_MEMORY_EVERY == 0:
+            return_freed_memory()
 
     @contextmanager
     def checkpoint_on_error(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ from lvrpo.training.checkpoint import (
     save_state,
     verify_checkpoint,
 )
+from lvrpo.training.memory import keep_freed_memory
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, optimizer_moments, set_optimizer_moments, update_ema
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trackers import AnyTracker, require_trackers, start_trackers
@@ -432,6 +433,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
         """Trains until the end or an interruption, with checkpoints; returns whether the run is finished."""
         config, state = self.config, self.state
         start_trackers(self.run, config.trackers)
+        keep_freed_memory()
         while state.step < config.steps:
             with self.logged_step(observe) as row:
                 row |= state.train_step()

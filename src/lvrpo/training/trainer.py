@@ -34,6 +34,7 @@ from lvrpo.training.losses.base import Advantages, Metrics, Objective
 from lvrpo.training.losses.flow import FreshNoiseConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
 from lvrpo.training.losses.tokens import recompute_behavior_logprobs
+from lvrpo.training.memory import keep_freed_memory
 from lvrpo.training.microbatches import by_kind, microbatches, minibatches, reduction_rounds, with_reference_outputs
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
@@ -175,6 +176,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         Returns whether the run is finished; the best checkpoint of validation is then its result.
         """
         start_trackers(self.run, self.config.trackers)
+        keep_freed_memory()
         if self.finished:
             return True
         config, run, state, policies = self.config, self.run, self.state, self.state.policies
