@@ -220,8 +220,9 @@ def test_generate_writes_pictures_and_their_index(small_base: Path) -> None:
         assert (picture.size, picture.mode) == ((32, 32), "RGB")
     pictures = [Path(f"one/{row['file']}").read_bytes() for row in rows]
     assert len(set(pictures)) == 4
-    assert main(["generate", base, "--prompt", "a red circle", "--count", "2", "--seed", "5", "--out", "two"]) == 0
-    assert [Path(f"two/{n:05d}.png").read_bytes() for n in range(2)] == pictures[:2]
+    prompts = ["--prompt", "a red circle", "--prompt", "two blue squares."]
+    assert main(["generate", base, *prompts, "--count", "2", "--seed", "5", "--out", "two"]) == 0
+    assert [Path(f"two/{n:05d}.png").read_bytes() for n in range(4)] == pictures
     assert main(["generate", base, "--prompt", "a red circle", "--guidance", "2", "--out", "two", "--force"]) == 0
     assert Path("two/00000.png").read_bytes() != pictures[0]
 

@@ -34,7 +34,7 @@ def generate(options: Options) -> None:
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
     if options.prompt is not None:
-        texts = [options.prompt]
+        texts = options.prompt
     elif options.prompts.suffix == ".jsonl":
         texts = _generation_prompts(options.prompts)
     elif options.prompts.suffix in TABLES:

@@ -17,6 +17,25 @@ from lvrpo.errors import InputError, nearest
 Options = argparse.Namespace
 
 
+class StoreOnce(argparse._StoreAction):
+    """Stores the value of an option; raises InputError where the option is given a second time."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: Options, values: Any, option_string: str | None = None
+    ) -> None:
+        """Any: of any type."""
+        if option_string is not None:
+            given = vars(options).setdefault(GIVEN, set())
+            if self.dest in given:
+                raise InputError(f"option {option_string}: is given twice: leave one out")
+            given.add(self.dest)
+        super().__call__(parser, options, values, option_string)
+
+
+GIVEN = "_given"
+"""While options are parsed, their attribute with the names of those that were given."""
+
+
 class Parser(argparse.ArgumentParser):
     """Options may stand before, between and after the positional arguments."""
 
@@ -33,6 +52,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         )
+        self.register("action", "store", StoreOnce)
+        self.register("action", None, StoreOnce)
         self._positionals.title = "arguments"
 
     def group(self, title: str) -> argparse._ActionsContainer:
@@ -45,6 +66,7 @@ class Parser(argparse.ArgumentParser):
         self.usage = self.short_usage()
         _refuse_empty(arguments)
         options, rest = self.parse_known_intermixed_args(list(arguments))
+        vars(options).pop(GIVEN, None)
         if rest:
             name = rest[0].partition("=")[0]
             if not name.startswith("-"):
@@ -176,7 +198,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model folder, a run directory, tiny (built in), or a Hub id in the local cache",
+        help="a model folder, a run directory, a Hub id in the local cache, or built in: tiny, tiny-token, tiny-masked",
     )
     parser.group("model").add_argument(
         "--dtype", help="float32 or bfloat16, if the model supports both (default: the model's own)"

@@ -66,7 +66,7 @@ def _thinking_options(parser: Parser) -> None:
 def _generate_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to generate")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to generate; can be repeated")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl rows with 'prompt'"
     )
