@@ -14,11 +14,13 @@ from small_vlm import without_videos
 from stored import killed_copy, stored
 
 from lvrpo.cli import main
+from lvrpo.commands.quickstart import Recipe, recipe_of
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
 from lvrpo.evaluation.experiment import held_out_plan
 from lvrpo.evaluation.samples import png
+from lvrpo.evaluation.suite import evaluate, find_benchmarks
 from lvrpo.policies.adapter import AdaptablePolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
@@ -311,6 +313,27 @@ def test_held_out_prompts_are_those_that_it_can_answer(name: str, family: Family
     possible = {"text": name != "sd3", "image": name != "qwen3_vl"}
     assert held_out
     assert all(possible[kind] for prompt in held_out for kind in prompt.output)
+
+
+@pytest.mark.parametrize("model", ["tiny-token", "tiny-masked"])
+def test_a_shipped_model_generates_and_answers(model: str) -> None:
+    """Far above chance, on prompts of the test split."""
+    sizes = {"generate_guided": 56, "understand": 56}
+    found = evaluate(load_policy(model), find_benchmarks([*sizes]), sizes=sizes).results()
+    assert found["generate_guided"]["score"] > 0.15
+    assert found["understand"]["score"] > 0.6
+
+
+def test_a_quickstart_takes_the_recipe_of_the_family() -> None:
+    assert recipe_of("tiny-masked") == ("quickstart_masked", "continued_token")
+    assert recipe_of("tiny") == Recipe()
+    assert main(["quickstart", "--quick", "--steps", "2", "--policy", "tiny-token"]) in (0, 3)  # 3: so few prompts
+    run = Path("runs/quickstart_token")
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"generate", "understand", "reason"} <= summary["before"].keys() == summary["baseline"]["after"].keys()
+    assert "edit" not in summary["before"]
+    assert "loss/tokens/generate" in RunDirectory.read(run).metrics()[1]
+    assert (run / "report.html").is_file()
 
 
 RANDOM: list[tuple[str, tuple[str, ...], str]] = [

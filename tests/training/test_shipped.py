@@ -10,17 +10,20 @@ import torch
 import yaml
 
 from lvrpo.config import load_config, shipped_configs
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.trainer import Trainer
 
 SUPERVISED = (
-    *("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "janus_tiny_pretrain", "pretrain", "repa"),
-    "showo_tiny_pretrain",
+    *("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "continued_token", "pretrain"),
+    *("pretrain_masked", "pretrain_token", "repa"),
 )
 """Alignments of BAGEL are tried by test_bagel_configs.py, of other families by
 tests/policies/test_runs.py."""
+TOKENS = {"quickstart_token": "tiny-token", "quickstart_masked": "tiny-masked"}
+"""Alignments of policies of image tokens, with their policy."""
 
 
 @pytest.mark.parametrize(
@@ -32,13 +35,13 @@ tests/policies/test_runs.py."""
     ],
 )
 def test_an_alignment_runs(name: str, small_base: Path) -> None:
-    shipped = load_config(TrainConfig, shipped_configs()[name])
+    shipped, policy = load_config(TrainConfig, shipped_configs()[name]), TOKENS.get(name, small_base)
     counts = {task: min(count, 3) for task, count in shipped.data.prompts_per_step.items()}
     config = load_config(
         TrainConfig,
         shipped_configs()[name],
         [
-            f"policy={small_base}",
+            f"policy={policy}",
             "device=cpu",
             "steps=3",
             f"data.prompts_per_step={counts}",
@@ -55,8 +58,8 @@ def test_an_alignment_runs(name: str, small_base: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3]
     numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
-    assert any(key.startswith(("loss/text", "loss/flow")) for key in rows[0])
-    live, start = alignment.state.policies.policy, load_policy(small_base)
+    assert any(key.startswith(("loss/text", "loss/flow", "loss/tokens", "loss/masked")) for key in rows[0])
+    live, start = alignment.state.policies.policy, load_policy(policy)
     assert any(not torch.equal(a, b) for a, b in zip(live.parameters(), start.parameters(), strict=True))  # type: ignore[attr-defined]
 
 
@@ -81,4 +84,4 @@ def test_a_configuration_says_what_it_was_validated_on(name: str) -> None:
     text = shipped_configs()[name].read_text()
     comments = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     assert "Validated on" in comments or "ntested on real weights" in comments
-    assert yaml.safe_load(text)["name"] in (name, "tiny-base")
+    assert yaml.safe_load(text)["name"] in (name, *BUILT_IN.values())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lvrpo.commands.inputs import read_config
 from lvrpo.commands.options import Options
@@ -13,13 +15,14 @@ from lvrpo.commands.progress import Progress, print_tables, summary_tables
 from lvrpo.commands.train import require_well
 from lvrpo.commands.train_options import train_overrides
 from lvrpo.errors import InputError
-from lvrpo.evaluation.experiment import Experiment, Plan
-from lvrpo.policies.loading import START
+from lvrpo.evaluation.experiment import Experiment, Plan, scene_benchmarks
+from lvrpo.policies.loading import START, possible_tasks, stored_segment_kinds
 from lvrpo.reading import unused_path
 from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.trainer import Trainer
+from lvrpo.types import TASKS, SegmentKind
 
 SIZES = {
     "generate": 700,
@@ -44,10 +47,26 @@ QUICK_SIZES = {
 }
 QUICK_SAMPLED = 7
 """Prompts that are sampled many times."""
+PROMPTS = ("data.prompts_per_step", "validation.prompts")
+"""Keys of a training configuration with a number of prompts per task."""
 QUICK_BASELINE = (
     "batch={generate: 8, caption: 4, question: 16, edit: 4, reason: 4}",
     "corpus={scenes: 200, edits: 100, reasons: 100}",
 )
+
+
+class Recipe(NamedTuple):
+    """The built-in configurations that a quickstart takes where ``--config`` names none."""
+
+    training: str = "quickstart"
+    baseline: str = "continued"
+
+
+RECIPES: Mapping[SegmentKind, Recipe] = {
+    "tokens": Recipe("quickstart_token", "continued_token"),
+    "masked": Recipe("quickstart_masked", "continued_token"),
+}
+"""By the way a model generates images; ``Recipe()`` for all others."""
 
 
 def run(options: Options) -> None:
@@ -58,13 +77,13 @@ def run(options: Options) -> None:
             raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
         trainer = Trainer.resume(options.resume)
     else:
-        config = read_config(TrainConfig, options.config, train_overrides(options))
+        config = training_config(options)
         folder = options.out or unused_path(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
-        trainer = Trainer.start(config, folder, files=plan(options, config, folder).files())
+        trainer = Trainer.start(config, folder, files=plan(options, config, folder, config.policy).files())
     run, config = trainer.run, trainer.config
-    measured = plan(options, config, run.path)
+    measured = plan(options, config, run.path, run.path / START)
     with run, Progress(config.steps) as watch, Experiment(trainer, measured, watch) as experiment:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
@@ -77,21 +96,40 @@ def run(options: Options) -> None:
         summary = experiment.summary
         print_tables(summary_tables(summary))
         watch.phase("done")
-    print(_closing_message(run.path, summary, time.monotonic() - started))
+    recipe = options.config or recipe_of(run.path / START).training
+    print(_closing_message(run.path, recipe, summary, time.monotonic() - started))
     require_well(run.path, summary)
 
 
-def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
-    """The evaluations, and the baseline, which starts from the same base with the run's seed."""
-    baseline = None
+def recipe_of(model: str | Path) -> Recipe:
+    """The recipe for MODEL; raises InputError where there is no such model."""
+    return next((RECIPES[kind] for kind in stored_segment_kinds(model) if kind in RECIPES), Recipe())
+
+
+def training_config(options: Options) -> TrainConfig:
+    """``--config``, or the recipe of ``--policy``; ``--quick`` asks the model only for what it can do."""
+    name = options.config or (Recipe() if options.policy is None else recipe_of(options.policy)).training
+    overrides = train_overrides(options)
+    if options.quick:
+        model = options.policy or read_config(TrainConfig, name, []).policy
+        overrides += [f"{key}.{task}=0" for key in PROMPTS for task in TASKS if task not in possible_tasks(model)]
+    return read_config(TrainConfig, name, overrides)
+
+
+def plan(options: Options, config: TrainConfig, run: Path, model: str | Path) -> Plan:
+    """The evaluations, and the baseline, which starts from the same base (``model``) with the run's seed."""
+    baseline, recipe = None, recipe_of(model)
     if not options.no_baseline:
-        standard = read_config(TrainConfig, options.config, []).steps
-        steps = read_config(PretrainConfig, "continued", []).steps
+        standard = read_config(TrainConfig, options.config or recipe.training, []).steps
+        steps = read_config(PretrainConfig, recipe.baseline, []).steps
         overrides = [f"init={run / START}", f"seed={config.seed}", f"threads={config.threads}"]
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
-        baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
+        if options.quick:
+            overrides += QUICK_BASELINE
+            overrides += [f"batch.{task}=0" for task in ("edit",) if task not in possible_tasks(model)]
+        baseline = read_config(PretrainConfig, recipe.baseline, overrides)
     sizes = QUICK_SIZES if options.quick else SIZES
-    full = Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2)
+    full = Plan(scene_benchmarks(model), sizes, baseline=baseline, parallel=cores() >= 2)
     return replace(full, sampled_prompts=QUICK_SAMPLED) if options.quick else full
 
 
@@ -100,9 +138,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _closing_message(run: Path, summary: dict, seconds: float) -> str:
+def _closing_message(run: Path, recipe: str, summary: dict, seconds: float) -> str:
     """The cost of the run, the location of its results, and suggestions for the next step."""
-    baseline = summary.get("baseline")
+    baseline, own = summary.get("baseline"), recipe == Recipe().training
     cost = f"alignment {summary['seconds']:.0f} s"
     if baseline:
         cost += f", {baseline['name']} {baseline['seconds']:.0f} s"
@@ -116,7 +154,7 @@ def _closing_message(run: Path, summary: dict, seconds: float) -> str:
             "",
             "next:",
             f'  lvrpo generate {run} --prompt "two red circles left of a blue star" --out drawings',
-            "  lvrpo quickstart --config self    # no labels: the model itself is the judge",
-            "  lvrpo train quickstart seed=1 --out runs/other && lvrpo compare " + f"{run} runs/other",
+            *(["  lvrpo quickstart --config self    # no labels: the model itself is the judge"] if own else []),
+            f"  lvrpo train {recipe} seed=1 --out runs/other && lvrpo compare {run} runs/other",
         ]
     )

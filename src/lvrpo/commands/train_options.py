@@ -120,11 +120,15 @@ QUICK_STEPS = 4
 
 def quickstart_options(parser: Parser) -> None:
     parser.add_argument(
-        "--config", default="quickstart", metavar="CONFIG", help="the training configuration (default: quickstart)"
+        "--config",
+        metavar="CONFIG",
+        help="the training configuration (default: quickstart, or that for MODEL's family)",
     )
     parser.add_argument("--seed", type=whole, metavar="N", help="random seed (default: that of CONFIG)")
     parser.add_argument("--steps", type=positive, metavar="N", help="training steps; the baseline scales with them")
-    parser.add_argument("--policy", metavar="MODEL", help="the model to train (default: that of CONFIG)")
+    parser.add_argument(
+        "--policy", metavar="MODEL", help="the model to train: tiny, tiny-token, tiny-masked, a folder or a run"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the run directory (default: the next free one in runs/)"
     )
@@ -137,7 +141,7 @@ def check_quickstart_keys(options: Options) -> None:
     from lvrpo.commands.keys import known_config
 
     if options.resume is None:
-        known_config("TrainConfig", options.config, train_overrides(options))
+        known_config("TrainConfig", options.config or "quickstart", train_overrides(options))
 
 
 def train_overrides(options: Options) -> list[str]:
@@ -151,12 +155,14 @@ def train_overrides(options: Options) -> list[str]:
 
 
 QUICKSTART = Command(
-    "evaluate the built-in tiny model, train it, evaluate it again, write a report",
+    "evaluate a built-in tiny model, train it, evaluate it again, write a report",
     quickstart_options,
     "lvrpo.commands.quickstart:run",
     "examples:\n"
     "  lvrpo quickstart --quick                      # half a minute, to see that everything works\n"
-    "  lvrpo quickstart --seed 1 --out runs/seed1    # minutes on two cores",
+    "  lvrpo quickstart --seed 1 --out runs/seed1    # minutes on two cores\n"
+    "  lvrpo quickstart --policy tiny-token          # a small Janus, which generates image tokens\n"
+    "  lvrpo quickstart --policy tiny-masked         # a small Show-o, which unmasks image tokens",
     check_quickstart_keys,
 )
 

@@ -397,6 +397,15 @@ def _summarize(
     return summary
 
 
+def scene_benchmarks(model: str | Path) -> tuple[str, ...]:
+    """Names of the benchmarks of the built-in world whose tasks MODEL supports."""
+    tasks: Sequence[TaskKind] = TASKS
+    with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
+        tasks = possible_tasks(model)
+    able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
+    return ("scenes",) if len(able) == len(BENCHMARKS) else able
+
+
 def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     """The default benchmarks of ``lvrpo train``: the built-in world, or the user's test rows.
 
@@ -405,11 +414,7 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     if benchmarks:
         return Plan(tuple(benchmarks))
     if config.data.source == "scenes":
-        tasks: Sequence[TaskKind] = TASKS
-        with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
-            tasks = possible_tasks(config.policy)
-        able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
-        return Plan() if len(able) == len(BENCHMARKS) else Plan(able)
+        return Plan(scene_benchmarks(config.policy))
     if config.data.source == "datasets":
         return Plan((TEST_ROWS,) if config.data.has_split("test") or config.data.has_split("validation") else ())
     if config.data.source != "jsonl":

@@ -23,6 +23,8 @@ AutoModelForImageTextToText and that has no entry of its own."""
 
 BUILT_IN: Mapping[str, str] = {
     "tiny": "tiny-base",
+    "tiny-token": "tiny-token",
+    "tiny-masked": "tiny-masked",
 }
 """Shipped weights: name -> folder of ``lvrpo/assets``."""
 

@@ -22,7 +22,7 @@ from lvrpo.policies.diffusers_flow import EDITING, INDEX, require_supported
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
-from lvrpo.types import TASKS, TaskKind
+from lvrpo.types import TASKS, SegmentKind, TaskKind
 
 FINAL = "policy.json"
 """In a run directory: names the checkpoint of the result."""
@@ -187,6 +187,15 @@ def possible_tasks(model: str | Path) -> tuple[TaskKind, ...]:
     """The tasks that MODEL supports, found without loading it."""
     folder = policy_folder(model)
     return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class
+
+
+def stored_segment_kinds(model: str | Path) -> tuple[SegmentKind, ...]:
+    """The kinds of segments that MODEL samples, found without loading it; () for an adapter."""
+    folder = policy_folder(model)
+    if has_adapter(folder):
+        return ()
+    kinds = getattr(policy_class(folder), "segment_kinds", ())  # a property in somebody's class
+    return kinds if isinstance(kinds, tuple) else ()
 
 
 def can_draw_after_text(model: str | Path) -> bool:
