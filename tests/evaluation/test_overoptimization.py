@@ -10,7 +10,7 @@ import pytest
 
 from lvrpo.audit_records import Alarms, Window
 from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, detect_overoptimization
-from lvrpo.evaluation.reward_ranking import AdvantageSettings, RecordedGroups, RecordedRun, Validations, split_windows
+from lvrpo.evaluation.recorded_groups import AdvantageSettings, RecordedGroups, RecordedRun, Validations, split_windows
 
 STEPS, P, G = 50, 6, 4
 

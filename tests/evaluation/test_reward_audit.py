@@ -16,18 +16,14 @@ import torch
 from lvrpo.algorithms import gdpo_advantages, group_relative_advantages, normalize_rewards
 from lvrpo.audit_records import RewardAudit, ScorerAudit, Window
 from lvrpo.errors import InputError
-from lvrpo.evaluation.reward_audit import (
-    audit_rewards,
-    by_step,
-    write_audit,
-)
-from lvrpo.evaluation.reward_ranking import (
+from lvrpo.evaluation.recorded_groups import (
     AdvantageSettings,
     RecordedGroups,
     RecordedRun,
     read_recorded_run,
     split_windows,
 )
+from lvrpo.evaluation.reward_audit import audit_rewards, by_step, write_audit
 from lvrpo.report.audit import audit_section, read_audit
 from lvrpo.report.formatting import NONE, share
 from lvrpo.training.advantages import win_rates

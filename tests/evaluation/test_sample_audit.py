@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lvrpo.cli import main
-from lvrpo.evaluation.reward_ranking import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
+from lvrpo.evaluation.sample_audit import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource

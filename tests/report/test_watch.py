@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.errors import InputError
-from lvrpo.report.page import LOCK, overview, run_state, serve
+from lvrpo.report.watch import LOCK, overview, run_state, serve
 
 
 @contextmanager

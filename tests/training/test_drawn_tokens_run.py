@@ -14,7 +14,7 @@ from stored import killed_copy, stored
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reward_audit import audit_rewards
-from lvrpo.evaluation.reward_ranking import read_recorded_run
+from lvrpo.evaluation.recorded_groups import read_recorded_run
 from lvrpo.registry import allow_code
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout_log import TRAITS, read_steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from lvrpo.commands.options import Options, refuse_existing, refuse_given
 from lvrpo.commands.progress import print_tables, wide_console
 from lvrpo.config import parse_section
 from lvrpo.errors import InputError
-from lvrpo.evaluation import judge_audit, reward_ranking
-from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
+from lvrpo.evaluation import judge_audit, sample_audit
+from lvrpo.evaluation.recorded_groups import read_recorded_run
 from lvrpo.evaluation.reward_audit import audit_rewards
-from lvrpo.evaluation.reward_ranking import VERIFIER_REWARD, audit_samples, read_recorded_run, sample_groups
+from lvrpo.evaluation.sample_audit import VERIFIER_REWARD, audit_samples, sample_groups
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import START, load_policy
+from lvrpo.policies.loading import load_policy
 from lvrpo.report import audit as tables
 from lvrpo.report.audit import JUDGED, sample_tables, sensitivity_table
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -86,7 +85,7 @@ def audit_judge(options: Options) -> None:
 
 def _rank_samples(options: Options) -> None:
     """Samples a model, scores its outputs by every reward, prints the rankings against ground truth."""
-    sources = _build_sources((VERIFIER_REWARD, *reward_ranking.REWARDS), options.also or [])
+    sources = _build_sources((VERIFIER_REWARD, *sample_audit.REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
     size, n, seed = _image_side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
@@ -133,47 +132,3 @@ def _reward_configs(found: list[Any]) -> list[RewardConfig]:
             raise InputError(f"--also[{i}].{other[0]}: belongs to training: a row here has {', '.join(ROW_KEYS)}")
         made.append(config)
     return made
-
-
-# --- lvrpo information ---
-
-
-def print_information(options: Options) -> None:
-    """Prints the bounds of a model, or of a run's start and result with the difference."""
-    if options.json is not None:
-        refuse_existing([options.json], options.force)
-    torch.set_num_threads(1)
-    start = Path(options.model) / START
-    models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
-    loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
-    directions: dict[Direction, str] = {
-        "see_and_plan": "reading expert over a picture, drawing expert about to draw from its caption",
-        "name_and_form": "reading expert over a caption, drawing expert over the noisy picture",
-    }
-    console = wide_console()
-    out: dict[str, dict[str, object]] = {}
-    for direction, words in directions.items():
-        found: dict[str, Information] = {}
-        console.print(f"{words}:", highlight=False, soft_wrap=True)
-        for when, policy in loaded.items():
-            found[when] = measure_information(policy, direction, options.pairs, options.negatives, options.seed)
-            bound, ceiling = found[when].bound, found[when].ceiling
-            console.print(
-                f"  {when}: at least {bound.score:.3f} [{bound.low:.3f}, {bound.high:.3f}] nats; no more than log "
-                f"{options.negatives} = {ceiling:.3f} can be shown",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-        rows: dict[str, object] = {
-            when: {**info.bound.as_dict(), "ceiling": info.ceiling} for when, info in found.items()
-        }
-        if "before" in found:
-            gain = found["before"].gain(found["after"])
-            rows["difference"] = gain.as_dict()
-            console.print(
-                f"  difference: {gain.score:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", markup=False, highlight=False
-            )
-        out[direction] = rows
-    content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
-    write_json(options, {**content, "information": out})

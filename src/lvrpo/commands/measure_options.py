@@ -426,6 +426,6 @@ def information_options(parser: Parser) -> None:
 INFORMATION = Command(
     "estimate the mutual information of the understanding and generation experts (InfoNCE)",
     information_options,
-    "lvrpo.commands.audit:print_information",
+    "lvrpo.commands.information:print_information",
     "examples:\n  lvrpo information runs/quickstart --json information.json",
 )

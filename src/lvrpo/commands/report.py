@@ -8,9 +8,9 @@ from lvrpo.commands.options import Options
 from lvrpo.commands.progress import print_tables
 from lvrpo.errors import InputError
 from lvrpo.report import build_report
-from lvrpo.report.page import serve
 from lvrpo.report.run import load_run
 from lvrpo.report.tables import compare_runs, seeds_table
+from lvrpo.report.watch import serve
 
 
 def report(options: Options) -> None:

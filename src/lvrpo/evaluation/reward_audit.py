@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,27 +31,22 @@ from lvrpo.audit_records import (
     Series,
     Window,
 )
-from lvrpo.evaluation.reward_ranking import (
+from lvrpo.evaluation.recorded_groups import (
     AdvantageSettings,
     Array,
     RecordedGroups,
     RecordedRun,
     Validations,
-    group_auc,
     group_means,
     in_window,
-    rank_rewards,
     read_recorded_run,
     split_windows,
 )
+from lvrpo.evaluation.reward_ranking import group_auc, rank_rewards
 from lvrpo.statistics import Interval, comparable, divergence, welch_difference
 from lvrpo.training.advantages import complete_members, win_rates
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
-
-if TYPE_CHECKING:
-    pass
-
 
 AUDIT = "audit.json"
 EDGE = 0.01
