@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lvrpo.audit_records import Alarms, Window
-from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, detect_overoptimization
 from lvrpo.evaluation.recorded_groups import AdvantageSettings, RecordedGroups, RecordedRun, Validations, split_windows
+from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, detect_overoptimization
 
 STEPS, P, G = 50, 6, 4
 

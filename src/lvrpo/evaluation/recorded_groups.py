@@ -1,4 +1,4 @@
-"""The recorded groups of a run: scores, advantages and traits of its rollouts, read from the rollout log for the audits."""
+"""The recorded groups of a run: scores, advantages and traits of its rollouts, read back for the audits."""
 
 from __future__ import annotations
 

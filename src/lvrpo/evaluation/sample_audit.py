@@ -1,4 +1,4 @@
-"""Audit of rewards on a model's own samples: groups are sampled, scored by every reward and compared with ground truth."""
+"""Audit of rewards on the own samples of a model: groups are sampled, scored and compared with ground truth."""
 
 from __future__ import annotations
 
