@@ -27,8 +27,8 @@ import torch
 
 from lvrpo.config import parse_section
 from lvrpo.rewards.function import as_reward
+from lvrpo.training.components import CustomComponents, PromptList
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import CustomParts, PromptList
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Image, Prompt
 
@@ -89,7 +89,7 @@ def lvrpo_step(setting: FlowSetting, scratch: Path) -> float:
         "benchmark",
     )  # fmt: skip
     reward: Any = as_reward(brightness)
-    custom = CustomParts({"train": PromptList(prompts)}, {"brightness": reward()})
+    custom = CustomComponents({"train": PromptList(prompts)}, {"brightness": reward()})
     trainer = Trainer.start(config, scratch / "ours", custom=custom)
     ends: list[float] = []
     with trainer.run:

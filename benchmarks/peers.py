@@ -55,8 +55,8 @@ from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
 from lvrpo.rewards.function import as_reward
+from lvrpo.training.components import CustomComponents, PromptList
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import CustomParts, PromptList
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Image, Parts, Prompt
 
@@ -147,7 +147,7 @@ def ours(setting: Setting, folder: Path) -> Timing:
         "benchmark",
     )
     reward: Any = as_reward(variety)
-    custom = CustomParts({"train": PromptList(prompts)}, {"variety": reward()})
+    custom = CustomComponents({"train": PromptList(prompts)}, {"variety": reward()})
     trainer = Trainer.start(config, folder / "ours", custom=custom)
     ends: list[float] = []
     tokens: list[float] = []

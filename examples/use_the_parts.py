@@ -11,7 +11,7 @@ from lvrpo.algorithms import gdpo_advantages, signal_mask
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import TASKS
 

@@ -147,7 +147,7 @@ def root() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _held_out_prompts_once() -> Iterator[None]:
     """Every run compares its splits: the prompts of the built-in world, which are the same again, are made once."""
-    splits = sys.modules.get("lvrpo.training.splits")
+    splits = sys.modules.get("lvrpo.training.leakage")
     if splits is None:
         yield
         return

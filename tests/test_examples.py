@@ -12,9 +12,9 @@ import torch
 
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.sources import open_parts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import Trainer
 
@@ -63,7 +63,7 @@ def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: 
     rows = list(grpo_loop.train(small, config))
 
     run = RunDirectory.create(tmp_path / "run", config)
-    trainer = Trainer(config, run, TrainState.start(library, config), open_parts(config))
+    trainer = Trainer(config, run, TrainState.start(library, config), open_components(config))
     assert trainer.train()
 
     for (name, one), (_, other) in zip(small.named_parameters(), library.named_parameters(), strict=True):

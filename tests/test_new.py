@@ -10,7 +10,7 @@ import pytest
 
 from lvrpo.cli import COMMANDS, main
 from lvrpo.registry import allow_code
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.table import build_rewards
 
 Output = pytest.CaptureFixture[str]

@@ -22,11 +22,11 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.reading import unused_path
 from lvrpo.rewards.base import Reward
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.function import as_reward
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import IN_PYTHON
+from lvrpo.training.components import CustomComponents, PromptList, Split
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, TaskKind
 
@@ -108,7 +108,7 @@ def train(
         resolved = parse_section(TrainConfig, {**resolved.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else unused_path(Path("runs") / resolved.name)
     plan = held_out_plan(resolved, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    trainer = Trainer.start(resolved, folder, custom=CustomParts(dict(sources), given), files=plan.files())
+    trainer = Trainer.start(resolved, folder, custom=CustomComponents(dict(sources), given), files=plan.files())
     if prompts is None:
         warn_without_test(resolved)
     listener = Progress(resolved.steps, quiet=not progress)

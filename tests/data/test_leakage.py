@@ -36,8 +36,8 @@ from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, caption_key, compared_ex
 from lvrpo.data.scenes.objects import Scene, SceneObject
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.leakage import require_disjoint_splits, require_unseen, require_unseen_by
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.splits import require_disjoint_splits, require_unseen, require_unseen_by
 from lvrpo.types import TASKS
 
 Output = pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allow_code
 from lvrpo.rewards import remote
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group
 

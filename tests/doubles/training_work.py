@@ -23,7 +23,7 @@ from lvrpo.evaluation.scoring import evaluation_policy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores, judge_fingerprint
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import sample_local, score_local
 from lvrpo.training.losses import objectives_of
@@ -103,7 +103,7 @@ def fail(folder: Path, prompts: Sequence[Prompt], where: str, broken: int, error
     try:
         groups = sampled(policies, prompts, config)
         reward: Any = SimpleNamespace(applies=lambda prompt: True, score=failing if own else zeros)
-        source = RewardSource(RewardConfig(name="fails", on_failure="stop"), reward)
+        source = ConfiguredReward(RewardConfig(name="fails", on_failure="stop"), reward)
         if where == "reward":
             with policies.use("judge") as judge:
                 score_local([source], groups, judge)

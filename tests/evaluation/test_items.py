@@ -22,7 +22,7 @@ from processes import finish, in_ranks, start
 from lvrpo.cli import main, parse_command
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name
-from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, at_guidance, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks, with_guidance_scales
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores
@@ -137,14 +137,14 @@ def test_a_difference_counts_prompts_that_either_side_lacks(policy: Policy) -> N
 
 def test_each_guidance_is_a_row_of_its_own() -> None:
     plain, own = Benchmark("a", lambda n: [], 0), Benchmark("b", lambda n: [], 0, own_sampling=True)
-    found = at_guidance([plain, own], [1.0, 4.0], 20)
+    found = with_guidance_scales([plain, own], [1.0, 4.0], 20)
     assert [b.name for b in found] == ["a", "b@1", "b@4"]
     base = Sampling(guidance_scale=7.0, num_steps=49)
     assert [(s.guidance_scale, s.num_steps) for s in (b.sampling(base, "generate") for b in found[1:])] == [
         (1.0, 20),
         (4.0, 20),
     ]
-    assert at_guidance([own], (), None)[0].sampling(base, "generate") == base
+    assert with_guidance_scales([own], (), None)[0].sampling(base, "generate") == base
 
 
 def test_names_of_files_are_one_per_id() -> None:

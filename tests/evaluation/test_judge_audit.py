@@ -13,7 +13,7 @@ from lvrpo.cli import main
 from lvrpo.data.scenes.grammar import UNDERSTAND
 from lvrpo.evaluation.judge_audit import REWARDS, MinimalPair, audit_judge, minimal_pairs
 from lvrpo.rewards.base import Scores, offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.success import has_success, successes
 from lvrpo.rewards.table import build_rewards
 from lvrpo.rewards.verifiable_image import SceneFacts
@@ -76,7 +76,7 @@ def test_the_verifier_as_a_judge_is_perfect_and_a_constant_is_at_chance(cases: l
             return Scores(values, {(0, 0): "asleep"})
 
     made = {"verifier": SceneFacts(), "constant": Constant(), "sometimes": Sometimes()}
-    sources = [RewardSource(RewardConfig(name=name), reward) for name, reward in made.items()]
+    sources = [ConfiguredReward(RewardConfig(name=name), reward) for name, reward in made.items()]
     audit = audit_judge(Blind(), cases, sources)  # type: ignore[arg-type]  # nobody asks the judge
     assert audit.judge == "Blind"
     for row in audit.rows:

@@ -14,7 +14,7 @@ from lvrpo.cli import main
 from lvrpo.evaluation.sample_audit import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores, offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Prompt
 
@@ -44,7 +44,7 @@ def test_scores_are_compared_with_the_truth() -> None:
         question(1, "shape", "red", "green", "blue", "red"),
         question(2, "apart", "red", "a", "a", "red"),
     ]
-    sources = [*build_rewards([VERIFIER_REWARD]), RewardSource(RewardConfig(name="length"), Length())]
+    sources = [*build_rewards([VERIFIER_REWARD]), ConfiguredReward(RewardConfig(name="length"), Length())]
     audit = audit_samples(object(), object(), {"understand": groups}, sources)  # type: ignore[arg-type]
     found = audit.tasks["understand"]
     assert (found.groups, found.right) == (3, 0.5)

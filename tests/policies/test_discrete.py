@@ -11,7 +11,7 @@ from discrete_policy import DiscretePolicy, N, decoded, encoded
 
 from lvrpo.policies.base import MaskedScoring, Policy, Sampling
 from lvrpo.sampling import masked_counts
-from lvrpo.training.preflight import step_zero_contract
+from lvrpo.training.preflight import rollout_checks
 from lvrpo.types import Group, ImageTokenSegment, MaskedSegment, Prompt, RewardTable, TextSegment, Trajectory
 
 IMAGE_TOKEN = decoded(torch.arange(N) % 6)
@@ -82,14 +82,14 @@ def test_the_step_0_contract_knows_the_segments(name: str) -> None:
     tasks = tuple(prompt.task for prompt in PROMPTS)
     table = RewardTable(("r",), torch.ones(1), scores, torch.ones_like(scores, dtype=torch.bool), {}, tasks)
     words = {"tokens": "image tokens", "masked": "masked image tokens"}[kind]
-    checks = {check.check: check for check in step_zero_contract(policy, groups, table, 0.01)}
+    checks = {check.check: check for check in rollout_checks(policy, groups, table, 0.01)}
     assert all(check.ok for check in checks.values())
     assert checks[f"replay, {words}, own batch: max |difference|"].value == 0
 
     other = [replace(group, trajectories=rollout(policy, replace(sampling, image_temperature=3.0))[p].trajectories[:1])
              for p, group in enumerate(groups)]  # fmt: skip
     torn = [replace(g, trajectories=(*g.trajectories[:2], *o.trajectories)) for g, o in zip(groups, other, strict=True)]
-    found = {check.check: check for check in step_zero_contract(policy, torn, table, 0.01)}
+    found = {check.check: check for check in rollout_checks(policy, torn, table, 0.01)}
     assert found["groups whose members differ in settings"].value == 3  # all that draw
 
     def guided_otherwise(t: Trajectory) -> Trajectory:
@@ -97,7 +97,7 @@ def test_the_step_0_contract_knows_the_segments(name: str) -> None:
         return replace(t, segments=tuple(segments))
 
     wrong = [replace(g, trajectories=tuple(map(guided_otherwise, g.trajectories))) for g in groups]
-    found = {check.check: check for check in step_zero_contract(policy, wrong, table, 0.01)}
+    found = {check.check: check for check in rollout_checks(policy, wrong, table, 0.01)}
     assert found[f"replay, {words}, own batch: max |difference|"].ok == ("unguided" in name)  # else it is noticed
 
 

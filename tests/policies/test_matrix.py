@@ -16,11 +16,11 @@ from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.registry import allow_code
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.setup import open_policy, require_judge
-from lvrpo.training.sources import open_parts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
 from lvrpo.types import TASKS, TextSegment, Trajectory
@@ -131,7 +131,7 @@ def train_one_step(settings: list[str]) -> bool | InputError:
     try:
         config = load_config(TrainConfig, None, settings)
         allow_code(config.allow_code)
-        parts = open_parts(config)
+        parts = open_components(config)
         require_judge(config, parts)
         policy, _ = open_policy(config)
         state = TrainState.start(policy, config)

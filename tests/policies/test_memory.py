@@ -21,6 +21,7 @@ from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.decoding import last_step_alone
 from lvrpo.policies.loading import load_policy, policy_folder
+from lvrpo.training.components import training_source
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed
 from lvrpo.training.losses import objectives_of
@@ -29,7 +30,6 @@ from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.memory_estimate import LiveBytes, fake_weights
 from lvrpo.training.policies import policy_module
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.sources import training_source
 from lvrpo.types import Group, Prompt
 
 SMALL = (

@@ -23,9 +23,9 @@ from lvrpo.evaluation.samples import png
 from lvrpo.evaluation.suite import evaluate, find_benchmarks
 from lvrpo.policies.adapter import AdaptablePolicy
 from lvrpo.policies.loading import load_policy
+from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.sources import open_parts
 from lvrpo.training.trainer import Trainer
 
 ADAPTED = {
@@ -309,7 +309,7 @@ def test_held_out_prompts_are_those_that_it_can_answer(name: str, family: Family
     assert not any(benchmark.startswith("edit") for benchmark in benchmarks)
     assert ("understand" in benchmarks, "reason" in benchmarks) == ((name != "sd3",) * 2)
     assert any(benchmark.startswith("generate") for benchmark in benchmarks) == (name != "qwen3_vl")
-    held_out = [prompt for prompts in open_parts(config).validator.prompts.values() for prompt in prompts]
+    held_out = [prompt for prompts in open_components(config).validator.prompts.values() for prompt in prompts]
     possible = {"text": name != "sd3", "image": name != "qwen3_vl"}
     assert held_out
     assert all(possible[kind] for prompt in held_out for kind in prompt.output)

@@ -14,7 +14,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.caption_back import CaptionBack
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.verifiable_text import ExactAnswer

@@ -15,9 +15,9 @@ from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.edit_consistency import EditConsistency
 from lvrpo.rewards.questions import UNCHANGED
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.self_vqa import SelfVQA
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Parts, Prompt, TextSegment, Trajectory

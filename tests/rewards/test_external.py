@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_fingerprint
 from lvrpo.rewards.published import Instruction, Knowledge, Semantic
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Prompt
 

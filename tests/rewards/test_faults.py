@@ -14,7 +14,7 @@ from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.base import offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
 
@@ -90,7 +90,7 @@ BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
 
 
-def source(name: str, **config: Any) -> RewardSource:
+def source(name: str, **config: Any) -> ConfiguredReward:
     row = RewardConfig(name=name.split(",")[0], options=REWARDS[name], label=name, **config)
     return build_rewards([row])[0]
 

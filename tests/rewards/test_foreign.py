@@ -15,7 +15,7 @@ import torch
 from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards.base import Scores, offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import MOST_FAILED, build_rewards
 from lvrpo.training.data_parallel import score_local
 from lvrpo.types import Group, Prompt
@@ -42,7 +42,7 @@ def drawn() -> list[Group]:
 
 
 def scored(groups: list[Group], act: Callable[[Sequence[Group]], object], **options: Any) -> Any:
-    source = RewardSource(RewardConfig(name="mine:Does", **options), Does(act))
+    source = ConfiguredReward(RewardConfig(name="mine:Does", **options), Does(act))
     return score_local([source], groups, None, most_failed=MOST_FAILED)  # type: ignore[arg-type]  # nobody judges
 
 
@@ -122,7 +122,7 @@ class Half(Does):
 
 def test_more_than_half_of_a_step_stops_where_the_step_is_asked_about() -> None:
     config = RewardConfig(name="mine:Half")
-    one, both = (RewardSource(config, Half(lambda groups, n=n: n)) for n in (1, 2))
+    one, both = (ConfiguredReward(config, Half(lambda groups, n=n: n)) for n in (1, 2))
     groups = drawn()
     assert score_local([one], groups, None, most_failed=0.5).mask.sum() == 1  # type: ignore[arg-type]
     assert score_local([both], groups, None).mask.sum() == 0  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def test_applies_that_raises_names_reward_and_prompt() -> None:
         def applies(self, prompt: Prompt) -> bool:
             return bool(1 / 0)
 
-    source = RewardSource(RewardConfig(name="mine:Odd"), Odd(len))
+    source = ConfiguredReward(RewardConfig(name="mine:Odd"), Odd(len))
     with pytest.raises(ContractError, match="reward 'mine:Odd': applies failed on prompt 'd': ZeroDivisionError"):
         source.scores(DRAW)
 

@@ -13,8 +13,8 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.function import reward
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group, Prompt, Trajectory
 

@@ -11,8 +11,8 @@ import torch
 
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.published import Instruction, Knowledge, follows_rules, text_rules
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 

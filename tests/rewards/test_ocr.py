@@ -16,7 +16,7 @@ from PIL import ImageDraw, ImageFont
 
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.rewards.verifiable_image import OCR, asked_text, edit_distance
 from lvrpo.types import Fact, Group, Image, Prompt

@@ -12,9 +12,9 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import QuestionConfig, QuestionGenerator, kind_of, parse_questions
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.self_vqa import SelfVQA
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment, Trajectory

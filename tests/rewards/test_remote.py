@@ -18,8 +18,8 @@ from lvrpo.distributed import ray_cluster
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards import remote
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.remote import RewardActor, portable
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.training.config import TrainConfig
 from lvrpo.types import FlowSegment, Group, Prompt

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import offline_group
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.verifiable_text import (
     Boxed,

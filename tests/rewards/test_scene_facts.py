@@ -9,7 +9,7 @@ import torch
 
 from lvrpo.data.scenes import Scene, SceneObject, ScenePrompts, ScenesConfig, render
 from lvrpo.errors import InputError
-from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.success import has_success, successes
 from lvrpo.rewards.table import build_rewards
 from lvrpo.rewards.verifiable_image import SceneFacts, fact_table

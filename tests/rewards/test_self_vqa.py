@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.self_vqa import SelfVQA
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -89,7 +89,7 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
     fake = judge({(0.25, "color ?", "red"): 0.5, (0.5, "color ?", "red"): math.nan})
     fake.image_size = 8
     outputs = [[picture(0.25)], [picture(0.5)], [picture(math.nan)], [torch.zeros(3, 16, 8)]]
-    source = RewardSource(RewardConfig(name="self_vqa"), SelfVQA())
+    source = ConfiguredReward(RewardConfig(name="self_vqa"), SelfVQA())
     table = score_groups([source], [group(prompt, outputs)], fake)
     assert table.mask.flatten().tolist() == [True, False, False, False]
     assert table.reasons == {

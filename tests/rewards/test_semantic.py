@@ -12,8 +12,8 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.published import Semantic
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Image, Prompt
 

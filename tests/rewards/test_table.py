@@ -16,7 +16,7 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards import OLD_NAMES, REWARDS
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.row import RewardConfig, RewardSource, WeightSchedule
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig, WeightSchedule
 from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
 from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.types import Group, Prompt
@@ -46,8 +46,8 @@ class Fixed:
         return Scores(torch.as_tensor(self.says), self.failures)
 
 
-def source(reward: Any, on_failure: Literal["mask", "stop"] = "mask", **config: Any) -> RewardSource:
-    return RewardSource(RewardConfig(name="fixed", on_failure=on_failure, **config), reward)
+def source(reward: Any, on_failure: Literal["mask", "stop"] = "mask", **config: Any) -> ConfiguredReward:
+    return ConfiguredReward(RewardConfig(name="fixed", on_failure=on_failure, **config), reward)
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> 
 
     (built,) = build_rewards([RewardConfig(name="self_vqa", judge="tiny")])
     assert built.judge is not None
-    score_groups([RewardSource(built.config, Asks(), built.judge), source(Asks(), label="b")], groups, nobody)
+    score_groups([ConfiguredReward(built.config, Asks(), built.judge), source(Asks(), label="b")], groups, nobody)
     assert asked == [built.judge, nobody]
     with pytest.raises(InputError, match="no such folder"):
         build_rewards([RewardConfig(name="self_vqa", judge="tinny")])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lvrpo.errors import ContractError, InputError
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.endpoint import NoAnswer, image_url
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
 from lvrpo.types import Fact, Group, Image, Prompt

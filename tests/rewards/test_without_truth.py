@@ -18,8 +18,8 @@ from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.caption_back import CaptionBack, word_f1
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Prompt
 

@@ -16,8 +16,8 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code, isolated_permissions, resolve
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.caption_back import CaptionBack
+from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.self_vqa import SelfVQA
 from lvrpo.rewards.success import has_success, successes
 from lvrpo.rewards.table import build_rewards, score_groups

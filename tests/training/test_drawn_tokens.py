@@ -13,7 +13,7 @@ from color_task import Says, ShareOfColor
 from discrete_policy import DiscretePolicy, N
 from gradients_only import differentiate
 
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
@@ -338,7 +338,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
     ]
     bench.groups = bench.live.sample(prompts, make_config(rollout=MONTE_CARLO).sampling(0), [3, 4])
     rows = [RewardConfig(name="drawn"), RewardConfig(name="written")]
-    sources = [RewardSource(row, reward) for row, reward in zip(rows, (ShareOfColor(), Says()), strict=True)]
+    sources = [ConfiguredReward(row, reward) for row, reward in zip(rows, (ShareOfColor(), Says()), strict=True)]
     table = score_groups(sources, bench.groups, bench.start)
     config = make_config(advantages={"kind": "grpo", "std": "none", "stages": stages}).advantages
     advantages = segment_advantages(table, bench.groups, config)

@@ -15,7 +15,7 @@ from lvrpo.commands.progress import Progress
 from lvrpo.records import Metrics
 from lvrpo.report.charts import other_charts, reward_charts
 from lvrpo.rewards.base import Scores, offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import score_groups
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
@@ -44,7 +44,7 @@ class Fails:
 
 def scored(failures: dict[tuple[int, int], str]) -> tuple[list[Group], RewardTable]:
     groups = [offline_group(DRAW, [[BLANK]] * 2), *(offline_group(ask, [["a"], ["b"]]) for ask in ASK)]
-    sources = [RewardSource(RewardConfig(name="fails"), Fails(failures))]
+    sources = [ConfiguredReward(RewardConfig(name="fails"), Fails(failures))]
     return groups, score_groups(sources, groups, None)  # type: ignore[arg-type]  # nobody judges
 
 

@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.records import Metrics
 from lvrpo.report.charts import other_charts
 from lvrpo.rewards.base import judge_fingerprint, override_fingerprint
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.training.config import TrainConfig
@@ -274,9 +274,9 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
 
         sides = ("draw",)
 
-    drawn = RewardSource(RewardConfig(name="likely"), Likely())
+    drawn = ConfiguredReward(RewardConfig(name="likely"), Likely())
 
-    def rows(*rewards: RewardSource) -> JudgeRows:
+    def rows(*rewards: ConfiguredReward) -> JudgeRows:
         return build_judge_rows(config, rewards, prompts, lambda: [drawing(i) for i in range(4)])
 
     read, rule = (build_rewards([RewardConfig(name=name)])[0] for name in ("self_vqa", "exact_answer"))

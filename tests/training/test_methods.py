@@ -13,7 +13,7 @@ from settings import FLOW_GRPO
 from lvrpo.algorithms import gaussian_kl
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import score_groups
 from lvrpo.training import losses
 from lvrpo.training.advantages import segment_advantages
@@ -357,7 +357,7 @@ def stepped(bench: Any, groups: list[Group], config: Any) -> torch.Tensor:
     """The weights after a step on the groups; they are put back."""
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
     rewards = [Listed(1.0, 0.2, math.nan, 0.6, 0.0, math.nan), Listed(0.0, 0.3, math.nan, 0.1, 0.5, 0.9)]
-    sources = [RewardSource(RewardConfig(name=f"r{k}"), reward) for k, reward in enumerate(rewards)]
+    sources = [ConfiguredReward(RewardConfig(name=f"r{k}"), reward) for k, reward in enumerate(rewards)]
     table = score_groups(sources, groups, bench.reference)
     advantages = segment_advantages(table, groups, config.advantages)
     one_step(bench, config, groups, advantages)

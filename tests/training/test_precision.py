@@ -22,7 +22,7 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.checkpoint import load_state, save_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers
-from lvrpo.training.preflight import TOLERANCE, _replay_checks, step_zero_contract
+from lvrpo.training.preflight import TOLERANCE, _replay_checks, rollout_checks
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Example, FlowSegment, Prompt, RewardTable, Trajectory
@@ -135,7 +135,7 @@ def test_a_float32_adapter_on_a_bfloat16_base(dora: bool, prompts: list[Prompt])
     table = RewardTable(
         ("r",), torch.ones(1), torch.rand(len(prompts), 3, 1), torch.ones(len(prompts), 3, 1, dtype=torch.bool), {}, ()
     )
-    assert all(check.ok for check in step_zero_contract(policy, groups[0], table, 1e-6))
+    assert all(check.ok for check in rollout_checks(policy, groups[0], table, 1e-6))
 
 
 def test_trained_weights_in_bfloat16_are_refused() -> None:

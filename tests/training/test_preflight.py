@@ -11,7 +11,7 @@ from lvrpo.errors import ContractError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.policies import Policies
-from lvrpo.training.preflight import Check, first_update_checks, require, step_zero_contract, weights_check
+from lvrpo.training.preflight import Check, first_update_checks, require, rollout_checks, weights_check
 from lvrpo.types import FlowSegment, Group, RewardTable, Segment, TextSegment, Trajectory
 
 SAMPLING = Sampling(group_size=4, max_new_tokens=4, num_steps=4, sampler="flow_sde", window=(0, 1), guidance_scale=2.0)
@@ -37,7 +37,7 @@ def groups(policy: TinyPolicy, prompts: Any) -> list[Group]:
 
 
 def broken(policy: TinyPolicy, groups: list[Group], table: RewardTable | None = None) -> list[Check]:
-    return [c for c in step_zero_contract(policy, groups, table or table_of(groups), 0.01) if not c.ok]
+    return [c for c in rollout_checks(policy, groups, table or table_of(groups), 0.01) if not c.ok]
 
 
 def edit(group: Group, members: slice, kind: type, **changes: Any) -> Group:
@@ -52,7 +52,7 @@ def edit(group: Group, members: slice, kind: type, **changes: Any) -> Group:
 
 
 def test_an_honest_rollout_keeps_every_promise(policy: TinyPolicy, groups: list[Group]) -> None:
-    checks = step_zero_contract(policy, groups, table_of(groups), 0.01)
+    checks = rollout_checks(policy, groups, table_of(groups), 0.01)
     require(checks)
     names = [check.check for check in checks]
     for kind in ("text", "drawing"):
@@ -70,7 +70,7 @@ def test_failures_that_a_reward_may_have(policy: TinyPolicy, groups: list[Group]
     (breach,) = broken(policy, groups, table)
     assert breach.check == "scores that failed"
     assert "failed: timed out; if it may, say up to which share: max_failed" in breach.detail
-    assert all(c.ok for c in step_zero_contract(policy, groups, table, 0.01, may_fail=table.names))
+    assert all(c.ok for c in rollout_checks(policy, groups, table, 0.01, may_fail=table.names))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_groups_without_two_valid_scores_are_named(policy: TinyPolicy, groups: l
     """As of two members where one of each failed: nothing is wrong with the spread."""
     reasons = {(p, g, 0): "failed: away" for p in range(len(groups)) for g in range(1, 4)}
     table = table_of(groups, reasons=reasons)
-    (found,) = (c for c in step_zero_contract(policy, groups, table, 0.01, may_fail=table.names) if not c.ok)
+    (found,) = (c for c in rollout_checks(policy, groups, table, 0.01, may_fail=table.names) if not c.ok)
     assert found.check == "groups with signal"
     assert found.detail == (
         "no group had two valid scores to compare, 1 at most of 4 members: raise rollout.group_size, or use a reward "

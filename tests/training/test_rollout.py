@@ -9,7 +9,7 @@ import torch
 from weight_sets import sets_of
 
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
@@ -78,7 +78,7 @@ def config(**rollout: Any) -> TrainConfig:
 
 
 JUDGE: Any = Writer("judge")
-REWARDS = [RewardSource(RewardConfig(name="every_third"), EveryThird())]
+REWARDS = [ConfiguredReward(RewardConfig(name="every_third"), EveryThird())]
 
 
 def step_of(settings: TrainConfig, step: int = 0) -> tuple[list[Group], Any, dict[str, float]]:
@@ -139,7 +139,7 @@ def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
             failures = {(p, 0): f"no {g.prompt.id}" for p, g in enumerate(groups)}
             return Scores(values, failures)
 
-    rewards = [RewardSource(RewardConfig(name="every_third"), Failing())]
+    rewards = [ConfiguredReward(RewardConfig(name="every_third"), Failing())]
     settings, live = config(max_resamples=3), policies()
     rollouts = Rollouts(live, settings)
     groups = rollouts.groups(prompts_of_step(Source(), settings, 0), 0)

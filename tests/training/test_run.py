@@ -22,12 +22,12 @@ from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.base_trainer import InterruptHandler
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
+from lvrpo.training.components import training_source
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout_log import TRAITS, read_steps
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.sources import training_source
 from lvrpo.training.trainer import Trainer
 
 SMALL = (

@@ -9,8 +9,8 @@ import pytest
 
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.rewards import success, verifiable_image, verifiable_text
+from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import open_parts
 from lvrpo.training.trainer import Trainer
 
 SMALL = (
@@ -30,7 +30,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() -> None:
     config = load_config(TrainConfig, shipped_configs()["self"])
-    parts = open_parts(config)
+    parts = open_components(config)
     names: dict[str, set[str]] = {}
     for task, count in config.data.prompts_per_step.items():
         for prompt in parts.source.prompts(task, count):

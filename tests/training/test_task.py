@@ -19,14 +19,14 @@ from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.items import ItemStore
 from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks, prompt_benchmarks
 from lvrpo.registry import allow_code
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.function import as_reward
-from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import HeldOutScorer
+from lvrpo.training.components import PromptList, open_components, success_metric, task_scorer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
 from lvrpo.training.rollout_log import reward_means
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.sources import PromptList, open_parts, success_metric, task_scorer
 from lvrpo.training.validation import ValidationReport, Validator
 from lvrpo.types import Group, RewardTable, TaskKind
 
@@ -101,7 +101,7 @@ def said(text: str, right: str | None = None) -> Group:
 
 
 def scorer(rule: Any) -> HeldOutScorer:
-    return HeldOutScorer((), RewardSource(RewardConfig(name="my:rule", label="rule"), as_reward(rule)()))
+    return HeldOutScorer((), ConfiguredReward(RewardConfig(name="my:rule", label="rule"), as_reward(rule)()))
 
 
 def test_a_run_trains_on_the_tasks_reward_and_is_measured_by_its_success() -> None:
@@ -213,7 +213,7 @@ def test_a_wrong_task_is_one_line(setting: str, words: str) -> None:
     write_run()
     allow_code(["*"])
     with pytest.raises(InputError, match=words):
-        open_parts(load_config(TrainConfig, Path("own.yaml"), [setting]))
+        open_components(load_config(TrainConfig, Path("own.yaml"), [setting]))
 
 
 def test_rows_of_a_file_have_a_rule_too() -> None:
@@ -227,7 +227,7 @@ def test_rows_of_a_file_have_a_rule_too() -> None:
         "rewards=[{name: text_length, options: {limit: 3}}]",
         "validation.overoptimization=null",
     ]
-    parts = open_parts(load_config(TrainConfig, Path("own.yaml"), given))
+    parts = open_components(load_config(TrainConfig, Path("own.yaml"), given))
     assert parts.scorer.metric(parts.source.prompt("reason", 0)) == "success"
 
 
@@ -243,7 +243,7 @@ def test_the_rule_scores_the_runs_own_prompts_alone() -> None:
 
     assert [scores(by) for by in found] == [{"given": (0.0,), "own": (1.0,)}, {"given": (0.0,), "own": (0.0,)}]
     scores(found[0], ItemStore(Path("kept")))
-    other = HeldOutScorer((), RewardSource(RewardConfig(name="my:other"), as_reward(lambda text: False)()))
+    other = HeldOutScorer((), ConfiguredReward(RewardConfig(name="my:other"), as_reward(lambda text: False)()))
     with pytest.raises(
         InputError, match=r"own: holds an evaluation with success 'my:rule \{\}', this one has 'my:other"
     ):
@@ -256,7 +256,7 @@ def test_a_runs_success_is_asked_where_it_counts() -> None:
         task_scorer(load_config(TrainConfig, Path("own.yaml"), allow_code=False))
     allow_code(["*"])
     plain = ["rewards=[{name: task}]", "validation.rewards=[{name: task, label: held}]", "data.options={count: 3}"]
-    parts = open_parts(load_config(TrainConfig, Path("own.yaml"), plain))
+    parts = open_components(load_config(TrainConfig, Path("own.yaml"), plain))
     assert [source.config.title for source in parts.validator.scorer.rewards] == ["held"]
     unused = [
         "data.source='./red.py:Needy'",

@@ -22,7 +22,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.report import audit as tables
 from lvrpo.report.audit import JUDGED, sample_tables, sensitivity_table
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import build_rewards
 
 DEFAULT_SIDE = 256
@@ -115,7 +115,7 @@ def _image_side(judge: Policy, model: Policy, options: Options) -> int:
     return next(iter(sizes), DEFAULT_SIDE)
 
 
-def _build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
+def _build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[ConfiguredReward]:
     """The default rewards and those of ``--also``, which replace defaults of the same title."""
     own = _reward_configs(also)
     return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)

@@ -28,7 +28,7 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation import suite, tuning
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.items import ItemStore
-from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, sampled_as
+from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, with_sampling
 from lvrpo.evaluation.tuning import TunedSampling
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import START, load_policy, stored_image_size
@@ -36,10 +36,10 @@ from lvrpo.report.formatting import share
 from lvrpo.report.tables import measure_tables, scores_table, summary_table
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
+from lvrpo.training.components import task_scorer
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.leakage import require_unseen_by
 from lvrpo.training.run_directory import CONFIG, RunDirectory, json_text
-from lvrpo.training.sources import task_scorer
-from lvrpo.training.splits import require_unseen_by
 
 
 def require_divisible(options: Options) -> None:
@@ -82,7 +82,7 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
         *(options.data, options.detector, options.color_classifier, options.thresholds, options.vlm), options.device
     )
     found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
-    benchmarks = suite.at_guidance(sampled_as_run(options, found), options.guidance or (), options.num_steps)
+    benchmarks = suite.with_guidance_scales(sampled_as_run(options, found), options.guidance or (), options.num_steps)
     tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
@@ -231,7 +231,7 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
 def sampled_as_run(options: Options, benchmarks: list[Benchmark]) -> list[Benchmark]:
     """The benchmarks; where MODEL is a run, rows of a file are sampled as in its validation."""
     trained = run_config(Path(options.model)) if any(b.tunable for b in benchmarks) else None
-    return benchmarks if trained is None else sampled_as(benchmarks, trained.rollout.held_out_sampling())
+    return benchmarks if trained is None else with_sampling(benchmarks, trained.rollout.held_out_sampling())
 
 
 def run_config(run: Path) -> TrainConfig | None:
@@ -247,7 +247,7 @@ def tune(options: Options) -> None:
     if held_out_scorer(options)[0].rule:
         raise InputError("--tune: counts right answers and facts, and MODEL has its own success: leave --tune out")
     found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)
-    found = suite.at_guidance(sampled_as_run(options, found), (), options.num_steps)
+    found = suite.with_guidance_scales(sampled_as_run(options, found), (), options.num_steps)
     benchmarks = [tuning.as_validation(benchmark) for benchmark in found]
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)

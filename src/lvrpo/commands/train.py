@@ -21,15 +21,15 @@ from lvrpo.policies.loading import FINAL, pick_device, policy_folder
 from lvrpo.reading import path_exists
 from lvrpo.report import build_report
 from lvrpo.training.base_trainer import InterruptHandler, print_stopping
+from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import dry_run, memory_needed
+from lvrpo.training.leakage import require_unseen
 from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, require_free_bytes, require_memory
 from lvrpo.training.preflight import require
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import estimate_run_memory
-from lvrpo.training.sources import open_parts
-from lvrpo.training.splits import require_unseen
 from lvrpo.training.trainer import Trainer
 
 
@@ -129,16 +129,16 @@ def check(options: Options) -> None:
         return
     policy_folder(config.policy)  # a missing one is refused before anything is printed
     print(dump_config(config), end="")
-    parts = open_parts(config)  # what it refuses need not wait for the estimate
+    components = open_components(config)  # what it refuses need not wait for the estimate
     memory = None
     try:
-        memory = estimate_run_memory(config, parts)
+        memory = estimate_run_memory(config, components)
     except NotEstimatedError as error:
         print(f"\nmemory: {error}")
     if memory is not None:
         _print_memory(memory)
         require_memory(memory, pick_device(config.device), f"policy={config.policy}")
-    found = dry_run(config, parts)
+    found = dry_run(config, components)
     print("\nstep-0 contract")
     for check in found.checks:
         print(f"  {'ok    ' if check.ok else 'BROKEN'}  {check.check}: {check.value:.3g} (limit {check.limit:.3g})")

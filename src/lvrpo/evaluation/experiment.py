@@ -37,7 +37,7 @@ from lvrpo.evaluation.suite import (
     evaluate,
     find_benchmarks,
     prompt_benchmarks,
-    sampled_as,
+    with_sampling,
 )
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
@@ -275,7 +275,7 @@ class Experiment:
 
     def _successes(self, groups: Sequence[Group]) -> dict[str, float]:
         """The successes of the report's prompts; the task's own rule is asked of its own prompts alone."""
-        scorer = self.trainer.parts.scorer
+        scorer = self.trainer.components.scorer
         own = {p.id for b in self.benchmarks if b.own_rule for p in b.prompts(self.plan.sizes.get(b.name, b.n))}
         found = first_successes([group for group in groups if group.prompt.id in own], scorer)
         return found | first_successes([group for group in groups if group.prompt.id not in own], SUCCESS_ONLY)
@@ -313,7 +313,7 @@ class Experiment:
             self.progress.phase(f"evaluate {phase}: {', '.join(names)}")
         if phase == "after":
             self.trainer.load_result()
-        base, scorer = evaluation_policy(policies, "reference"), self.trainer.parts.scorer
+        base, scorer = evaluation_policy(policies, "reference"), self.trainer.components.scorer
         options = EvaluationOptions(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
         evaluation = evaluate(
             evaluation_policy(policies, weights),
@@ -350,14 +350,14 @@ def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluati
 
 def _planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     """The benchmarks of a plan; the user's rows are sampled as in validation and scored by the run's rewards."""
-    config, parts = trainer.config, trainer.parts
+    config, components = trainer.config, trainer.components
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
     files = any(name.endswith(".jsonl") for name in names)
     side = stored_image_size(config.policy) if files else None
-    found = find_benchmarks(names, parts.scorer, side, config.data.jsonl.root)
+    found = find_benchmarks(names, components.scorer, side, config.data.jsonl.root)
     if TEST_ROWS in plan.benchmarks:
-        found += prompt_benchmarks("test", parts.test_prompts(), parts.scorer)
-    return sampled_as(found, config.rollout.held_out_sampling())
+        found += prompt_benchmarks("test", components.test_prompts(), components.scorer)
+    return with_sampling(found, config.rollout.held_out_sampling())
 
 
 def _summarize(

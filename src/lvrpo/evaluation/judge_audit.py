@@ -32,7 +32,7 @@ from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
 from lvrpo.data.scenes.verifier import fact_results, read
 from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Reward, judge_fingerprint, offline_group
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.statistics import mean_interval
 from lvrpo.types import Fact, Group, OutputKind, Part, Prompt
 
@@ -235,7 +235,7 @@ REWARDS = (
 def audit_judge(
     judge: Judge,
     pairs: Sequence[MinimalPair],
-    sources: Sequence[RewardSource],
+    sources: Sequence[ConfiguredReward],
     progress: Callable[[str, int], None] = lambda reward, pairs: None,
 ) -> JudgeAudit:
     """Scores every pair with every reward that applies to it."""

@@ -15,7 +15,7 @@ from lvrpo.evaluation.reward_ranking import rank_rewards
 from lvrpo.evaluation.suite import cluster_of
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import judge_fingerprint
-from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.sampling import derive_seed
@@ -68,7 +68,7 @@ def audit_samples(
     judge: Policy,
     model: Policy,
     groups: Mapping[TaskKind, Sequence[Group]],
-    sources: Sequence[RewardSource],
+    sources: Sequence[ConfiguredReward],
 ) -> SampleAudit:
     """Scores the groups of ``model`` with every reward; the first ``VERIFIER`` among them grades."""
     verifiers = [source.config.title for source in sources if source.config.name == VERIFIER]
@@ -89,7 +89,7 @@ def audit_samples(
     return SampleAudit(judge_fingerprint(judge), judge_fingerprint(model), tasks)
 
 
-def _scores(source: RewardSource, groups: Sequence[Group], judge: Policy) -> tuple[Array, np.ndarray]:
+def _scores(source: ConfiguredReward, groups: Sequence[Group], judge: Policy) -> tuple[Array, np.ndarray]:
     """(N, G) scores, nan where there is none, and (N,) whether the reward applies."""
     scores, applies = [], []
     for start in range(0, len(groups), BATCH_SIZE):

@@ -175,7 +175,9 @@ def find_benchmarks(
     return found
 
 
-def at_guidance(benchmarks: Sequence[Benchmark], scales: Sequence[float], num_steps: int | None) -> list[Benchmark]:
+def with_guidance_scales(
+    benchmarks: Sequence[Benchmark], scales: Sequence[float], num_steps: int | None
+) -> list[Benchmark]:
     """Benchmarks with ``own_sampling`` once per guidance scale, ``geneval@4``; without scales, at the model's own."""
     found: list[Benchmark] = []
     for benchmark in benchmarks:
@@ -212,7 +214,7 @@ def prompt_benchmarks(
 ) -> list[Benchmark]:
     """One benchmark of all prompts where each has a verifiable answer; else one per task, as rewards differ in units.
 
-    They are sampled with the model's own defaults unless ``sampled_as`` says otherwise.
+    They are sampled with the model's own defaults unless ``with_sampling`` says otherwise.
     Raises InputError for a prompt that nothing scores.
     """
     kinds: dict[tuple[TaskKind, Metric], list[Prompt]] = {}
@@ -237,7 +239,7 @@ def prompt_benchmarks(
     return found
 
 
-def sampled_as(benchmarks: Sequence[Benchmark], sampling: Sampling) -> list[Benchmark]:
+def with_sampling(benchmarks: Sequence[Benchmark], sampling: Sampling) -> list[Benchmark]:
     """The benchmarks with these settings for rows of the user in place of the model's own defaults."""
     return [replace(b, changes=vars(sampling)) if b.tunable else b for b in benchmarks]
 

@@ -76,14 +76,14 @@ def render(run: RunRecord) -> str:
         "validation_summary": raw.get("validation"),
         "judge": raw.get("judge"),
         "audit": audit and audit_section(audit),
-        "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
+        "notices": [*health_findings(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
         "samples": sample_sections(run, store),
         "grids": _selected_grids(run, store),
     }
     return environment().get_template("page.html").render(context)
 
 
-def not_well(health: object) -> list[str]:
+def health_findings(health: object) -> list[str]:
     """The reasons why a finished run is not healthy."""
     findings = health.get("findings") if isinstance(health, Mapping) else None
     rows = findings if isinstance(findings, list) else []

@@ -26,7 +26,7 @@ from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.images import png
 from lvrpo.reading import parse_json
-from lvrpo.rewards.early import cancellation
+from lvrpo.rewards.async_scoring import cancellation
 from lvrpo.rewards.secrets import is_variable_name, looks_like_secret
 from lvrpo.types import Image, Parts
 

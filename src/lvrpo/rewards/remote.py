@@ -23,9 +23,9 @@ from lvrpo.distributed.ray_cluster import ray_cluster, resources
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Judge
 from lvrpo.registry import allow_code, allowed_code
+from lvrpo.rewards.async_scoring import cancellation
 from lvrpo.rewards.base import Scores, Side
-from lvrpo.rewards.early import cancellation
-from lvrpo.rewards.row import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
+from lvrpo.rewards.config import ConfiguredReward, RayConfig, RewardConfig, checked_scores, configured_reward
 from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
 
 ROOM_S = 120.0
@@ -45,7 +45,7 @@ class Traits:
     relative: bool
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
+    def from_source(cls, source: ConfiguredReward) -> Self:
         return cls(source.judges, source.sides, source.judged_by, source.relative)
 
 
@@ -57,7 +57,7 @@ class RewardActor:
 
     def __init__(self, config: RewardConfig, folder: str, allowed: Sequence[str]) -> None:
         self.config, self.folder, self.allowed = config, folder, allowed
-        self._source: RewardSource | None = None
+        self._source: ConfiguredReward | None = None
 
     def ping(self) -> None:
         """Returns once the actor runs."""
@@ -76,7 +76,7 @@ class RewardActor:
         nobody: Any = None
         yield _or_error(lambda: checked_scores(self._reward(), [group], self._reward().judge or nobody))
 
-    def _reward(self) -> RewardSource:
+    def _reward(self) -> ConfiguredReward:
         if self._source is None:
             try:
                 os.chdir(self.folder)  # paths are relative to it
@@ -86,7 +86,7 @@ class RewardActor:
                     "the run in a folder that all nodes share"
                 ) from None
             allow_code(self.allowed)
-            self._source = local_source(self.config, str(device()))
+            self._source = configured_reward(self.config, str(device()))
         return self._source
 
 

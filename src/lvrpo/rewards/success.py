@@ -12,7 +12,7 @@ import torch
 
 from lvrpo.errors import ContractError, LvrpoError, describe_error
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.row import RewardSource, checked_scores
+from lvrpo.rewards.config import ConfiguredReward, checked_scores
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.rewards.verifiable_text import is_right_answer
@@ -68,9 +68,9 @@ Metric = Literal["success", "reward"]
 class HeldOutScorer:
     """Scores outputs of held-out prompts, for validation and for every evaluation."""
 
-    rewards: tuple[RewardSource, ...] = ()
+    rewards: tuple[ConfiguredReward, ...] = ()
     """Rewards of the run; those of weight 0 and those that only compare members of a group are not used."""
-    success: RewardSource | None = None
+    success: ConfiguredReward | None = None
     """The task's own metric of success; where it is None or does not apply, the prompt's answer and facts decide."""
 
     @property
@@ -133,7 +133,7 @@ class HeldOutScorer:
         return values.tolist(), {p: f"{named}: {why}" for (p, _), why in failures.items()}
 
     @property
-    def _counted(self) -> list[RewardSource]:
+    def _counted(self) -> list[ConfiguredReward]:
         """The rewards that count."""
         return [r for r in self.rewards if r.config.weight and not r.relative]
 

@@ -9,10 +9,10 @@ import torch
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Judge
+from lvrpo.rewards.async_scoring import cancel_calls, wait_for_async_scores
 from lvrpo.rewards.base import Reward, judge_fingerprint
-from lvrpo.rewards.early import cancel_calls, wait_for_early_scores
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig, checked_scores, configured_reward
 from lvrpo.rewards.remote import RemoteReward, remote_reward
-from lvrpo.rewards.row import RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import Group, RewardTable
 
 NOT_APPLICABLE = "not applicable"
@@ -26,7 +26,7 @@ TASK_REWARD = "task"
 
 def build_rewards(
     configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None, device: str = "cpu"
-) -> list[RewardSource]:
+) -> list[ConfiguredReward]:
     """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
 
     ``given``: rewards by title that a caller in Python hands over; their names are not resolved. ``device``: of the
@@ -42,7 +42,7 @@ def build_rewards(
                     f"rewards.{config.title}.where: was handed over in Python and is in this process: name a file, "
                     "./my_rewards.py:NAME, or leave where out"
                 )
-            sources.append(RewardSource(config, given[config.title]))
+            sources.append(ConfiguredReward(config, given[config.title]))
             continue
         if config.name.startswith(f"{IN_PYTHON}:"):
             raise InputError(
@@ -50,16 +50,16 @@ def build_rewards(
                 "./my_rewards.py:NAME, or call lvrpo.train again"
             )
         if config.where is not None:
-            sources.append(RewardSource(config, remote_reward(config)))
+            sources.append(ConfiguredReward(config, remote_reward(config)))
             continue
-        sources.append(local_source(config, device))
+        sources.append(configured_reward(config, device))
     if configs and not any(config.weight for config in configs):
         raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
 
 
 def score_groups(
-    sources: Sequence[RewardSource],
+    sources: Sequence[ConfiguredReward],
     groups: Sequence[Group],
     judge: Judge,
     step: int = 0,
@@ -76,25 +76,25 @@ def score_groups(
 
 
 def score_groups_unchecked(
-    sources: Sequence[RewardSource], groups: Sequence[Group], judge: Judge, step: int = 0
+    sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge: Judge, step: int = 0
 ) -> RewardTable:
     """``score_groups`` without a limit on failed scores, as for a part of the groups."""
     try:
         return _scored(sources, groups, judge, step)
     except BaseException:
-        discard_early_scores(sources)
+        discard_async_scores(sources)
         raise
 
 
-def discard_early_scores(sources: Sequence[RewardSource]) -> None:
+def discard_async_scores(sources: Sequence[ConfiguredReward]) -> None:
     """Ends calls that wait, and forgets what was submitted: the run was interrupted or failed."""
     for source in sources:
-        source.early.discard()
+        source.async_scores.discard()
     cancel_calls()
 
 
-def _scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Judge, step: int) -> RewardTable:
-    """``score_groups_unchecked``; an exception leaves early scores behind."""
+def _scored(sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge: Judge, step: int) -> RewardTable:
+    """``score_groups_unchecked``; an exception leaves scores of the thread behind."""
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
@@ -102,12 +102,12 @@ def _scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Jud
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         if source.waits:
-            wait_for_early_scores()
+            wait_for_async_scores()
         if isinstance(source.reward, RemoteReward):  # one call for all
             source.reward.prefetch_applies([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if not chosen:
-            source.early.discard()
+            source.async_scores.discard()
         else:
             of = [groups[p] for p in chosen]
             checked = checked_scores(source, of, source.judge or judge)
@@ -140,7 +140,9 @@ def _scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Jud
     )
 
 
-def require_few_failures(sources: Sequence[RewardSource], table: RewardTable, most_failed: float | None = None) -> None:
+def require_few_failures(
+    sources: Sequence[ConfiguredReward], table: RewardTable, most_failed: float | None = None
+) -> None:
     """Raises ContractError where more of a reward's scores failed than may (``max_failed``).
 
     ``most_failed``: the share that may fail of a reward that does not say it; None: any.

@@ -15,7 +15,7 @@ from lvrpo.data.tables import DatasetConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdapterConfig
 from lvrpo.policies.base import READS_ONLY, Sampling, can_draw
-from lvrpo.rewards.row import RewardConfig, SuccessConfig
+from lvrpo.rewards.config import RewardConfig, SuccessConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.health import HealthConfig

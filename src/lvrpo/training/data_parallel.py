@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from lvrpo.distributed import gather, gather_with_tensors, rank, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.rewards.table import require_few_failures, score_groups_unchecked
 from lvrpo.types import Group, Prompt, RewardTable
@@ -85,7 +85,7 @@ def sample_local(sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
 
 
 def score_local(
-    rewards: Sequence[RewardSource],
+    rewards: Sequence[ConfiguredReward],
     groups: Sequence[Group],
     judge: Policy,
     step: int = 0,

@@ -16,15 +16,15 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.components import Components, held_out_source, training_source, validation_prompts
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import NO_JUDGE_ROWS
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate, peak_memory_gib
-from lvrpo.training.preflight import Check, contract_checks
+from lvrpo.training.preflight import Check, preflight_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import EngineSampler, open_engine
 from lvrpo.training.setup import estimate_run_memory, open_policy, require_judge
-from lvrpo.training.sources import Parts, held_out_source, training_source, validation_prompts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
 from lvrpo.training.validation import Validator
@@ -53,19 +53,19 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
     validation, test = (held_out_source(config, split) for split in ("validation", "test"))
     validator = Validator(validation_prompts(config, validation, None), config)
     return estimate_run_memory(
-        config, Parts(source, (), validator, NO_JUDGE_ROWS, SUCCESS_ONLY, validation, test), device
+        config, Components(source, (), validator, NO_JUDGE_ROWS, SUCCESS_ONLY, validation, test), device
     )
 
 
-def dry_run(config: TrainConfig, parts: Parts) -> DryRun:
+def dry_run(config: TrainConfig, components: Components) -> DryRun:
     """Loads the policy of a run, runs the preflight checks and times one small step and a validation."""
     torch.set_num_threads(config.threads)
-    require_judge(config, parts)
+    require_judge(config, components)
     policy, base = open_policy(config)
-    parts.require_readable(policy)
+    components.require_readable(policy)
     state = TrainState.start(policy, config)
     with _engine(config, policy, base) as engine:
-        return _dry_run(config, parts, state, engine)
+        return _dry_run(config, components, state, engine)
 
 
 @contextmanager
@@ -81,9 +81,14 @@ def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[EngineS
             yield engine
 
 
-def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: EngineSampler | None) -> DryRun:
-    source, rewards, validator, policy = parts.source, parts.rewards, parts.validator, state.policies.policy
-    checks = contract_checks(config, state.policies, source, rewards, engine)
+def _dry_run(config: TrainConfig, components: Components, state: TrainState, engine: EngineSampler | None) -> DryRun:
+    source, rewards, validator, policy = (
+        components.source,
+        components.rewards,
+        components.validator,
+        state.policies.policy,
+    )
+    checks = preflight_checks(config, state.policies, source, rewards, engine)
     if not all(check.ok for check in checks):
         return DryRun(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
 

@@ -14,7 +14,7 @@ from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, require_method
 from lvrpo.rewards.base import Side, judge_fingerprint, override_fingerprint
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.sampling import derive_seed
 from lvrpo.training.data_parallel import score_local
 from lvrpo.training.policies import Policies, SetName
@@ -179,12 +179,12 @@ def target_image(example: Example) -> Image:
     return next(output for output in example.outputs if not isinstance(output, str))
 
 
-def used_sides(rewards: Sequence[RewardSource]) -> set[Side]:
+def used_sides(rewards: Sequence[ConfiguredReward]) -> set[Side]:
     """The sides (read, draw) of the judge that rewards use."""
     return {side for source in rewards for side in source.sides}
 
 
-def require_judge_used(config: JudgeConfig, rewards: Sequence[RewardSource]) -> None:
+def require_judge_used(config: JudgeConfig, rewards: Sequence[ConfiguredReward]) -> None:
     """Raises InputError for settings of a judge that no reward uses."""
     if used_sides(rewards):
         return
@@ -195,7 +195,7 @@ def require_judge_used(config: JudgeConfig, rewards: Sequence[RewardSource]) -> 
 
 def build_judge_rows(
     config: JudgeConfig,
-    rewards: Sequence[RewardSource],
+    rewards: Sequence[ConfiguredReward],
     prompts: Mapping[Any, Sequence[Prompt]],
     examples: Callable[[], Sequence[Example]],
 ) -> JudgeRows:
@@ -239,7 +239,7 @@ MIN_QUESTIONS = 4
 
 
 def judge_drift(
-    rewards: Sequence[RewardSource], groups: Sequence[Group], table: RewardTable, policies: Policies
+    rewards: Sequence[ConfiguredReward], groups: Sequence[Group], table: RewardTable, policies: Policies
 ) -> dict[str, float]:
     """Difference of the scores of the policy from those of the judge on the same outputs.
 

@@ -13,7 +13,7 @@ from lvrpo.data.base import Task
 from lvrpo.distributed import POLICY, is_main
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import FlowPolicy, RolloutPolicy, require_method
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
@@ -72,7 +72,7 @@ class Check:
         return asdict(self)
 
 
-def step_zero_contract(
+def rollout_checks(
     policy: RolloutPolicy, groups: Sequence[Group], table: RewardTable, std_floor: float, may_fail: Collection[str] = ()
 ) -> list[Check]:
     """All checks on a rollout of ``policy``, which has not been updated since.
@@ -313,11 +313,11 @@ def require(checks: Sequence[Check]) -> None:
             raise ContractError(f"step-0 contract: {measured}: {check.detail}")
 
 
-def contract_checks(
+def preflight_checks(
     config: TrainConfig,
     policies: Policies,
     source: Task,
-    rewards: Sequence[RewardSource],
+    rewards: Sequence[ConfiguredReward],
     engine: EngineSampler | None = None,
 ) -> list[Check]:
     """The step-0 contract on a few prompts of every task, with an SDE sampler so that images have log-probs.
@@ -339,7 +339,7 @@ def contract_checks(
         table = score_groups(rewards, groups, judge)
     may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
     with policies.use("policy") as policy:
-        checks = step_zero_contract(policy, groups, table, config.advantages.std_floor, may_fail)
+        checks = rollout_checks(policy, groups, table, config.advantages.std_floor, may_fail)
         if engine is not None:
             checks += engine_checks(policy, engine.sample(prompts, sampling, seeds))
     return [*checks, weights_check(policies)]
@@ -350,11 +350,11 @@ def check_before_first_step(
     config: TrainConfig,
     policies: Policies,
     source: Task,
-    rewards: Sequence[RewardSource],
+    rewards: Sequence[ConfiguredReward],
     engine: EngineSampler | None = None,
 ) -> None:
     """Runs the step-0 contract and writes contract.json; raises ContractError for the first failed check."""
-    checks = contract_checks(config, policies, source, rewards, engine)
+    checks = preflight_checks(config, policies, source, rewards, engine)
     run.write_json("contract.json", [check.as_dict() for check in checks])
     require(checks)
 

@@ -15,8 +15,8 @@ from lvrpo.config import Config, default_kind
 from lvrpo.data.base import Task
 from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import MaskedScoring, Sampling, listening
-from lvrpo.rewards.row import RewardSource
-from lvrpo.rewards.table import discard_early_scores
+from lvrpo.rewards.config import ConfiguredReward
+from lvrpo.rewards.table import discard_async_scores
 from lvrpo.sampling import (
     check_window,
     decaying_window,
@@ -284,7 +284,7 @@ def rollout(
     config: TrainConfig,
     step: int,
     engine: EngineSampler | None = None,
-    rewards: Sequence[RewardSource] = (),
+    rewards: Sequence[ConfiguredReward] = (),
 ) -> list[Group]:
     """A group per prompt: text sampled from the policy, images from the old policy; both from the reference offline.
 
@@ -315,7 +315,7 @@ def rollout(
 
 @contextmanager
 def _early_scores(
-    rewards: Sequence[RewardSource], prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
 ) -> Iterator[Callable[[Sequence[Group]], None]]:
     """Inside, rewards that wait are given each group that a policy announces; ``submit`` gives them all others."""
     waiting = [source for source in rewards if source.waits]
@@ -345,7 +345,7 @@ def _early_scores(
         with listening(announced) if waiting else nullcontext():
             yield submit
     except BaseException:
-        discard_early_scores(waiting)
+        discard_async_scores(waiting)
         raise
 
 
@@ -360,7 +360,7 @@ class Rollouts:
         policies: Policies,
         config: TrainConfig,
         engine: EngineSampler | None = None,
-        rewards: Sequence[RewardSource] = (),
+        rewards: Sequence[ConfiguredReward] = (),
     ) -> None:
         self.policies, self.config, self.engine, self.rewards = policies, config, engine, rewards
         self.cache: dict[int, list[Group]] = {}
@@ -383,7 +383,7 @@ class Rollouts:
 def resample(
     rollouts: Rollouts,
     source: Task,
-    rewards: Sequence[RewardSource],
+    rewards: Sequence[ConfiguredReward],
     groups: Sequence[Group],
     table: RewardTable,
     step: int,

@@ -32,6 +32,7 @@ from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import SIDES
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint, latest_checkpoint
+from lvrpo.training.components import Components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, is_large_model, require_memory
 from lvrpo.training.memory_estimate import estimate_memory
@@ -39,7 +40,6 @@ from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import RolloutConfig, prompts_of_step
 from lvrpo.training.run_directory import CONFIG, MANIFEST, SUMMARY, RunDirectory
-from lvrpo.training.sources import Parts
 from lvrpo.training.trackers import require_trackers
 
 
@@ -111,25 +111,27 @@ def load_run_policy(model: Path, config: TrainConfig, base: str | None) -> Polic
     return configure_policy(load_policy(folder, config.device, weights_dtype(config, folder), base), config)
 
 
-def estimate_run_memory(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate:
+def estimate_run_memory(
+    config: TrainConfig, components: Components, device: torch.device | None = None
+) -> MemoryEstimate:
     """Memory estimate at the sizes of the first step, without loading weights.
 
     ``device`` overrides that of the configuration; it need not exist. Raises InputError for a row that the policy
     cannot read, NotEstimatedError where there is no estimate for the policy.
     """
     require_extras(config)
-    held_out = [prompt for prompts in parts.validator.prompts.values() for prompt in prompts]
-    prompts = prompts_of_step(parts.source, config, 0)
-    return estimate_memory(config, prompts, held_out, device, parts.require_readable)
+    held_out = [prompt for prompts in components.validator.prompts.values() for prompt in prompts]
+    prompts = prompts_of_step(components.source, config, 0)
+    return estimate_memory(config, prompts, held_out, device, components.require_readable)
 
 
-def require_judge(config: TrainConfig, parts: Parts) -> None:
+def require_judge(config: TrainConfig, components: Components) -> None:
     """Raises InputError for a reward that asks a side of the run's judge that the class of its policy does not have."""
     folder = policy_folder(config.policy)
     if has_adapter(folder):
         return
     able = getattr(policy_class(folder), "judging_sides", SIDES)  # optional in a class
-    for source in parts.rewards:
+    for source in components.rewards:
         for side in source.sides if source.config.name in REWARDS else ():  # an own class may not say what it asks
             if side not in able:
                 raise InputError(
@@ -139,12 +141,12 @@ def require_judge(config: TrainConfig, parts: Parts) -> None:
                 )
 
 
-def require_enough_memory(config: TrainConfig, parts: Parts) -> None:
+def require_enough_memory(config: TrainConfig, components: Components) -> None:
     """Raises InputError, with a remedy, if a large model would not fit into memory; small models are not checked."""
     device = pick_device(config.device)
     if is_large_model(policy_folder(config.policy), device):
         with suppress(NotEstimatedError):
-            require_memory(estimate_run_memory(config, parts), device, f"policy={config.policy}")
+            require_memory(estimate_run_memory(config, components), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:
@@ -212,11 +214,11 @@ def extend_run(run: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) 
     run.write_text(CONFIG, dump_config(config))
 
 
-def data_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+def data_fingerprints(config: TrainConfig, components: Components) -> dict[str, Any]:
     """Fingerprints of the rows of the user by split: of their files, or of the rows of data sets; else empty."""
     if config.data.source == "jsonl":
-        return {split: fingerprint(Path(rows.name)) for split, rows in parts.rows.items()}
-    return {split: {"rows": len(rows), "sha256": rows.fingerprint()} for split, rows in parts.rows.items()}
+        return {split: fingerprint(Path(rows.name)) for split, rows in components.rows.items()}
+    return {split: {"rows": len(rows), "sha256": rows.fingerprint()} for split, rows in components.rows.items()}
 
 
 def require_same_rows(run: RunDirectory, found: Mapping[str, Any]) -> None:

@@ -18,17 +18,19 @@ from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import START
 from lvrpo.registry import allow_code
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.table import MOST_FAILED
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
 from lvrpo.training.advantages import segment_advantages, trajectory_advantages, trajectory_rewards
 from lvrpo.training.base_trainer import BaseTrainer, Observer, require_start, save_start
 from lvrpo.training.checkpoint import fingerprint
+from lvrpo.training.components import NO_CUSTOM_COMPONENTS, Components, CustomComponents, open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes, sample_local, score_local
 from lvrpo.training.gradients import GradientsByTask
 from lvrpo.training.judge import judge_drift
+from lvrpo.training.leakage import require_disjoint_splits
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Advantages, Metrics, Objective
 from lvrpo.training.losses.flow import FreshNoiseConfig
@@ -53,8 +55,6 @@ from lvrpo.training.setup import (
     require_same_rows,
     resumed_config,
 )
-from lvrpo.training.sources import NO_CUSTOM_PARTS, CustomParts, Parts, open_parts
-from lvrpo.training.splits import require_disjoint_splits
 from lvrpo.training.state import TrainState
 from lvrpo.training.trackers import require_trackers, start_trackers
 from lvrpo.training.validation import Validator, apply_validation, check_overoptimization
@@ -74,7 +74,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     config: TrainConfig
     run: RunDirectory
     state: TrainState
-    parts: Parts
+    components: Components
     """Prompts, rewards, validation."""
     base: str | None = None
     """The base MODEL of the run's adapter, to override the one that its files name."""
@@ -91,31 +91,31 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         cls,
         config: TrainConfig,
         folder: Path,
-        custom: CustomParts = NO_CUSTOM_PARTS,
+        custom: CustomComponents = NO_CUSTOM_COMPONENTS,
         files: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
         """Starts a run; input is validated before the run directory is created.
 
-        ``custom``: parts that a Python caller passes. ``files``: additional JSON files of the run directory, by name,
-        which resuming needs; written first. Any: JSON.
+        ``custom``: components that a Python caller passes. ``files``: additional JSON files of the run directory, by
+        name, which resuming needs; written first. Any: JSON.
         """
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         with relay_errors():
-            parts = open_parts(config, custom)
-            splits = require_disjoint_splits(config, None if custom.sources else parts.rows)
-            require_judge(config, parts)
-            require_enough_memory(config, parts)
+            components = open_components(config, custom)
+            splits = require_disjoint_splits(config, None if custom.sources else components.rows)
+            require_judge(config, components)
+            require_enough_memory(config, components)
             policy, base = open_policy(config)
-            parts.require_readable(policy)
+            components.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
             for name, content in files.items():
                 run.write_json(name, content)
             save_start(run, policy)
-            data = {**data_fingerprints(config, parts), "splits": splits}
+            data = {**data_fingerprints(config, components), "splits": splits}
             run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
-            return cls(config, run, TrainState.start(policy, config), parts)
+            return cls(config, run, TrainState.start(policy, config), components)
         except BaseException as error:  # interrupts too: the lock is released
             run.close_on_exit(error)
             raise
@@ -126,7 +126,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         folder: Path,
         config: TrainConfig | None = None,
         base: str | None = None,
-        custom: CustomParts = NO_CUSTOM_PARTS,
+        custom: CustomComponents = NO_CUSTOM_COMPONENTS,
     ) -> Self:
         """Resumes from the last complete checkpoint; ``config`` may differ from that of the run by more ``steps`` only.
 
@@ -138,13 +138,13 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             config, extended = resumed_config(run, config)
             require_trackers(config.trackers)
             with relay_errors():
-                parts = open_parts(config, custom)
-                data = data_fingerprints(config, parts)
+                components = open_components(config, custom)
+                data = data_fingerprints(config, components)
                 require_same_rows(run, data)
                 policy = load_run_policy(require_start(run), config, base)
             if extended:
                 extend_run(run, config, data)
-            trainer = cls(config, run, TrainState.start(policy, config), parts, base)
+            trainer = cls(config, run, TrainState.start(policy, config), components, base)
             trainer.restore()
             rollout_log.truncate(run, trainer.state.step or -1)
             run.write_manifest(config, {"run": config.seed}, data)
@@ -156,17 +156,17 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     @property
     def validator(self) -> Validator:
         """Scores held-out prompts."""
-        return self.parts.validator
+        return self.components.validator
 
     @property
     def source(self) -> Task:
         """The training prompts."""
-        return self.parts.source
+        return self.components.source
 
     @property
-    def rewards(self) -> Sequence[RewardSource]:
+    def rewards(self) -> Sequence[ConfiguredReward]:
         """The rewards of the training prompts."""
-        return self.parts.rewards
+        return self.components.rewards
 
     # --- training ---
 
@@ -214,11 +214,13 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     state.step += 1
                     if step == 0:
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
-                    successes = group_successes(groups, self.parts.scorer)
+                    successes = group_successes(groups, self.components.scorer)
                     row |= reward_means("reward", table, successes)
                     if state.judge is not None:
-                        row |= state.judge.update(state.step, policies, self.parts.judge_rows)
-                    trained_successes = successes if trained is groups else group_successes(trained, self.parts.scorer)
+                        row |= state.judge.update(state.step, policies, self.components.judge_rows)
+                    trained_successes = (
+                        successes if trained is groups else group_successes(trained, self.components.scorer)
+                    )
                     self._record(trained, scores, trained_successes, advantages)
                     row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
                     if step % config.reference_eval_every == 0:
@@ -271,7 +273,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         control = reference_rollout(policies, prompts, self.config, step)
         with policies.use("judge") as judge:
             table = score_local(self.rewards, control, judge, step)
-        successes = group_successes(control, self.parts.scorer)
+        successes = group_successes(control, self.components.scorer)
         rollout_log.write_control(
             self.run, self.state.step, control, table, successes, self.config.reference_eval_every
         )

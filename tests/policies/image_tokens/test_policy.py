@@ -12,7 +12,7 @@ from refusals import refused
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.image_tokens import ANSWER, ImageTokenPolicy
-from lvrpo.training.preflight import step_zero_contract
+from lvrpo.training.preflight import rollout_checks
 from lvrpo.types import Group, ImageTokenSegment, Prompt, RewardTable, TextSegment, Trajectory
 
 BASE = Sampling(group_size=3, max_new_tokens=6, guidance_scale=5.0)
@@ -47,7 +47,7 @@ def contract(policy: ImageTokenPolicy, groups: Sequence[Group]) -> dict[str, boo
     scores = torch.rand(len(groups), 3, 1, generator=torch.Generator().manual_seed(0))
     tasks = tuple(group.prompt.task for group in groups)
     table = RewardTable(("r",), torch.ones(1), scores, torch.ones_like(scores, dtype=torch.bool), {}, tasks)
-    return {check.check: check.ok for check in step_zero_contract(policy, groups, table, 0.01)}
+    return {check.check: check.ok for check in rollout_checks(policy, groups, table, 0.01)}
 
 
 @pytest.mark.parametrize("name", WAYS)

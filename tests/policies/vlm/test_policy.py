@@ -21,7 +21,7 @@ from lvrpo.policies.base import RolloutPolicy, Sampling, SavedPolicy
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
-from lvrpo.training.preflight import TOLERANCE, step_zero_contract
+from lvrpo.training.preflight import TOLERANCE, rollout_checks
 from lvrpo.types import Group, Prompt, RewardTable, TextSegment, Trajectory
 
 transformers = pytest.importorskip("transformers")
@@ -90,7 +90,7 @@ def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
     scores = torch.rand(len(groups), 3, 1, generator=torch.Generator().manual_seed(0))
     tasks = tuple(group.prompt.task for group in groups)
     table = RewardTable(("r",), torch.ones(1), scores, torch.ones_like(scores, dtype=torch.bool), {}, tasks)
-    checks = step_zero_contract(vlm, groups, table, 0.01)
+    checks = rollout_checks(vlm, groups, table, 0.01)
     assert all(check.ok for check in checks), checks
 
 

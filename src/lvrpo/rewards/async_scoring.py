@@ -95,7 +95,7 @@ def cancel_calls() -> None:
         _worker.cancel()
 
 
-def wait_for_early_scores() -> None:
+def wait_for_async_scores() -> None:
     """Returns when the thread has nothing left to do; at once in that thread itself."""
     if _worker.thread is not None and not _worker.is_current:
         _worker.submit(int).result()
@@ -110,8 +110,8 @@ class _Row(NamedTuple):
     failures: dict[int, str]
 
 
-class EarlyScores:
-    """The early scores of one reward; they are taken once."""
+class AsyncScores:
+    """The scores of one reward that were computed in the thread; they are taken once."""
 
     def __init__(self) -> None:
         self._queue: deque[Group] = deque()
@@ -143,7 +143,7 @@ class EarlyScores:
     def take(self, groups: Sequence[Group]) -> Scores | None:
         """The scores of groups that were all submitted and scored, else None: they are then scored as usual.
 
-        So what a reward raises is raised where it would be without the thread. After ``wait_for_early_scores``.
+        So what a reward raises is raised where it would be without the thread. After ``wait_for_async_scores``.
         """
         results, self._results = self._results, []
         done = [result for result in results if result.done() and not result.cancelled()]

@@ -13,10 +13,10 @@ from lvrpo.data.leakage import ComparedPrompt, Index, compared_file, compared_ro
 from lvrpo.data.rows import RowPrompts
 from lvrpo.data.tables import DatasetPrompts
 from lvrpo.errors import ContractError, InputError
+from lvrpo.training.components import Split, open_source
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, RunDirectory
-from lvrpo.training.sources import Split, open_source
 from lvrpo.types import Prompt
 
 SAMPLED_STEPS = 2

@@ -24,15 +24,15 @@ from lvrpo.policies.mot import model_runner
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.async_scoring import AsyncScores, cancellation, wait_for_async_scores
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.early import EarlyScores, cancellation, wait_for_early_scores
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig, configured_reward
 from lvrpo.rewards.endpoint import ChatEndpoint
 from lvrpo.rewards.function import reward
 from lvrpo.rewards.remote import RemoteReward
-from lvrpo.rewards.row import RewardConfig, RewardSource, local_source
 from lvrpo.rewards.table import score_groups
+from lvrpo.training.components import CustomComponents, PromptList, Split
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Image, Prompt
 
@@ -75,7 +75,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trai
         )
         prompts = [Prompt(f"p{i}", "generate", (text,), ("image",)) for i, text in enumerate(TITLES)]
         rows: dict[Split, Task] = {"train": PromptList(prompts), "validation": PromptList(prompts[:1])}
-        return Trainer.start(config, tmp_path / name, CustomParts(rows, given or {}))
+        return Trainer.start(config, tmp_path / name, CustomComponents(rows, given or {}))
 
     return started
 
@@ -96,7 +96,7 @@ def begin(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is scored before all groups are sampled."""
-    monkeypatch.setattr(RewardSource, "waits", False)
+    monkeypatch.setattr(ConfiguredReward, "waits", False)
 
 
 def test_the_numbers_are_those_of_a_run_that_scores_afterwards(
@@ -227,7 +227,7 @@ def test_an_interruption_ends_what_waits(
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         began = time.monotonic()
-        wait_for_early_scores()
+        wait_for_async_scores()
         assert time.monotonic() - began < 10  # not the 30 s of a try
     assert random.getstate() == chance
     assert not list((trainer.run.path / "checkpoints").glob("*.tmp*"))
@@ -248,7 +248,7 @@ def test_a_failure_ends_the_running_call_and_forgets_those_that_have_not_begun()
             ended.set()
         raise RuntimeError("cancelled")
 
-    scores = EarlyScores()
+    scores = AsyncScores()
     scores.submit([one_group("first")], score)
     while not begun:
         time.sleep(0.01)
@@ -265,16 +265,20 @@ def test_a_failure_ends_the_running_call_and_forgets_those_that_have_not_begun()
 
     nobody: Any = None
     with pytest.raises(LvrpoError, match="stop"):
-        score_groups([RewardSource(RewardConfig(name="python:stops"), Stops(), early=scores)], [one_group("p")], nobody)
+        score_groups(
+            [ConfiguredReward(RewardConfig(name="python:stops"), Stops(), async_scores=scores)],
+            [one_group("p")],
+            nobody,
+        )
     assert ended.wait(WAIT_S / 2)
-    wait_for_early_scores()
+    wait_for_async_scores()
     assert begun == ["first"]
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_call() -> None:
     code = (
-        "import time; from lvrpo.rewards.early import EarlyScores; from lvrpo.types import Group, Prompt;"
-        "EarlyScores().submit([Group(Prompt('p', 'generate', ('a',), ('image',)), ())], lambda groups: time.sleep(600))"
+        "import time; from lvrpo.rewards.async_scoring import AsyncScores; from lvrpo.types import Group, Prompt;"
+        "AsyncScores().submit([Group(Prompt('p', 'generate', ('a',), ('image',)), ())], lambda groups: time.sleep(600))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -283,23 +287,23 @@ def test_a_call_may_score_with_rewards_that_wait() -> None:
     done = threading.Event()
 
     def score(groups: Sequence[Group]) -> Any:
-        wait_for_early_scores()
+        wait_for_async_scores()
         done.set()
         raise RuntimeError("no scores")
 
-    EarlyScores().submit([one_group("p")], score)
+    AsyncScores().submit([one_group("p")], score)
     assert done.wait(WAIT_S)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_a_thread_of_its_own() -> None:
-    EarlyScores().submit([one_group("p")], lambda groups: (groups, Scores(torch.zeros(1, 1))))
-    wait_for_early_scores()
+    AsyncScores().submit([one_group("p")], lambda groups: (groups, Scores(torch.zeros(1, 1))))
+    wait_for_async_scores()
 
     def child() -> None:
         done = threading.Event()
-        EarlyScores().submit([one_group("p")], lambda groups: (done.set(), Scores(torch.zeros(1, 1))))  # type: ignore[return-value]
-        wait_for_early_scores()
+        AsyncScores().submit([one_group("p")], lambda groups: (done.set(), Scores(torch.zeros(1, 1))))  # type: ignore[return-value]
+        wait_for_async_scores()
         os._exit(0 if done.is_set() else 1)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -331,8 +335,8 @@ def test_an_actor_is_asked_once_about_a_prompt(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rewards_that_ask_the_policy_do_not_wait(server: Any) -> None:
-    def source(**options: Any) -> RewardSource:
-        return local_source(RewardConfig(name="vlm_endpoint", options={"endpoint": server.options(), **options}))
+    def source(**options: Any) -> ConfiguredReward:
+        return configured_reward(RewardConfig(name="vlm_endpoint", options={"endpoint": server.options(), **options}))
 
     assert source().waits
     assert source(questions={"by": "grammar"}).waits
@@ -347,4 +351,6 @@ def test_rewards_that_ask_the_policy_do_not_wait(server: Any) -> None:
         def score(self, groups: Sequence[Group], judge: Any) -> Scores:
             return Scores(torch.zeros(len(groups), len(groups[0])))
 
-    assert not RewardSource(RewardConfig(name="python:asks"), Asks()).waits  # it asks the judge as far as anyone knows
+    assert not ConfiguredReward(
+        RewardConfig(name="python:asks"), Asks()
+    ).waits  # it asks the judge as far as anyone knows

@@ -19,8 +19,8 @@ from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.policies.loading import model_type, stored_image_size
 from lvrpo.registry import allow_code, isolated_permissions, resolve
 from lvrpo.rewards.agreement import Agreement
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.function import as_reward
-from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import build_rewards
 from lvrpo.training.config import TrainConfig
@@ -44,8 +44,8 @@ def group(answer: str, right: str | None = None) -> Group:
     return Group(prompt, (Trajectory(prompt, 0, (segment,), 0),))
 
 
-def source(function: Any, weight: float = 1.0) -> RewardSource:
-    return RewardSource(RewardConfig(name=function.__name__, weight=weight), as_reward(function)())
+def source(function: Any, weight: float = 1.0) -> ConfiguredReward:
+    return ConfiguredReward(RewardConfig(name=function.__name__, weight=weight), as_reward(function)())
 
 
 def letters(text: str) -> float:
@@ -74,7 +74,7 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
     ((score,),), reasons = scorer.scores([group("red")], judge=object())  # type: ignore[arg-type]
     assert math.isnan(score)
     assert list(reasons) == [0]
-    relative = RewardSource(RewardConfig(name="agreement"), Agreement())
+    relative = ConfiguredReward(RewardConfig(name="agreement"), Agreement())
     assert HeldOutScorer((relative,)).metric(group("red").prompt) is None
 
 

@@ -18,7 +18,7 @@ from lvrpo.policies.loading import can_draw_after_text, possible_tasks, stored_i
 from lvrpo.registry import resolve
 from lvrpo.rewards import function
 from lvrpo.rewards.base import Reward
-from lvrpo.rewards.row import RewardConfig, RewardSource, make_reward
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig, make_reward
 from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import IN_PYTHON, TASK_REWARD, build_rewards
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
@@ -39,7 +39,7 @@ TEST_PROMPTS_PER_TASK = 256
 
 
 @dataclass(frozen=True)
-class CustomParts:
+class CustomComponents:
     """Objects that a Python caller passes instead of naming them in a configuration."""
 
     sources: Mapping[Split, Task] = field(default_factory=dict)
@@ -47,15 +47,15 @@ class CustomParts:
     """Rewards by the title of their entry in the configuration."""
 
 
-NO_CUSTOM_PARTS = CustomParts()
+NO_CUSTOM_COMPONENTS = CustomComponents()
 
 
 @dataclass(frozen=True)
-class Parts:
-    """All parts of an alignment run except its policy."""
+class Components:
+    """All components of an alignment run except its policy."""
 
     source: Task
-    rewards: Sequence[RewardSource]
+    rewards: Sequence[ConfiguredReward]
     validator: Validator
     judge_rows: JudgeRows
     """Held-out rows on which a new judge is evaluated."""
@@ -92,8 +92,8 @@ class Parts:
         return list({prompt.id: prompt for prompt in found}.values())
 
 
-def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Parts:
-    """Opens and validates all parts that the configuration names; raises InputError. Writes nothing."""
+def open_components(config: TrainConfig, custom: CustomComponents = NO_CUSTOM_COMPONENTS) -> Components:
+    """Opens and validates all components that the configuration names; raises InputError. Writes nothing."""
     source = training_source(config, custom)
     tasks = policy_tasks(config)
     if tasks is not None:
@@ -112,10 +112,10 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     if tasks is not None and not can_draw(tasks):
         require_text_rewards(config, rewards)
     rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_images(validation))
-    return Parts(source, rewards, validator, rows, scorer, validation, test)
+    return Components(source, rewards, validator, rows, scorer, validation, test)
 
 
-def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomParts = NO_CUSTOM_PARTS) -> Task:
+def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomComponents = NO_CUSTOM_COMPONENTS) -> Task:
     """One split of the task."""
     if split in custom.sources:
         return custom.sources[split]
@@ -152,7 +152,7 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
-def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Task:
+def training_source(config: TrainConfig, custom: CustomComponents = NO_CUSTOM_COMPONENTS) -> Task:
     """The training prompts; raises InputError if a task of ``prompts_per_step`` is missing."""
     source = open_source(config, "train", config.seed, custom)
     for task, count in config.data.prompts_per_step.items():
@@ -163,7 +163,7 @@ def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) 
     return source
 
 
-def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_CUSTOM_PARTS) -> Task | None:
+def held_out_source(config: TrainConfig, split: Split, custom: CustomComponents = NO_CUSTOM_COMPONENTS) -> Task | None:
     """The validation or test split; None if there is none."""
     if custom.sources and split not in custom.sources:
         return None
@@ -178,7 +178,9 @@ def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_
         return None
 
 
-def scoring_rewards(config: TrainConfig, source: Task, custom: CustomParts = NO_CUSTOM_PARTS) -> list[RewardSource]:
+def scoring_rewards(
+    config: TrainConfig, source: Task, custom: CustomComponents = NO_CUSTOM_COMPONENTS
+) -> list[ConfiguredReward]:
     """The rewards; raises InputError if no reward of positive weight scores the prompts of a task."""
     rewards = task_rewards(config, source, custom)
     require_judge_used(config.judge, rewards)
@@ -195,9 +197,9 @@ def scoring_rewards(config: TrainConfig, source: Task, custom: CustomParts = NO_
 def task_rewards(
     config: TrainConfig,
     task: Task | None,
-    custom: CustomParts = NO_CUSTOM_PARTS,
+    custom: CustomComponents = NO_CUSTOM_COMPONENTS,
     section: Literal["rewards", "validation.rewards"] = "rewards",
-) -> list[RewardSource]:
+) -> list[ConfiguredReward]:
     """The rewards of a section, and the task's own reward where one is called ``TASK_REWARD``."""
     given = dict(custom.rewards) if section == "rewards" else {}
     rows = config.rewards if section == "rewards" else config.validation.rewards
@@ -214,7 +216,7 @@ def task_rewards(
     return build_rewards(rows, given)
 
 
-def success_metric(config: TrainConfig, task: Task | None) -> RewardSource | None:
+def success_metric(config: TrainConfig, task: Task | None) -> ConfiguredReward | None:
     """The metric of success of ``data.success``, else of the task; None: the prompts' answers and facts."""
     named = config.data.success
     if named is not None and named.name.startswith(f"{IN_PYTHON}:"):
@@ -225,14 +227,14 @@ def success_metric(config: TrainConfig, task: Task | None) -> RewardSource | Non
             )
     elif named is not None:
         row = RewardConfig(name=named.name, options=named.options)
-        found = RewardSource(row, make_reward(row, "data.success"))
+        found = ConfiguredReward(row, make_reward(row, "data.success"))
         if found.sides:
             raise InputError(f"data.success.name={named.name}: asks a model for its verdict: name a rule")
         return found
     if task is None or task.success is None:
         return None
     row = RewardConfig(name=f"{config.data.source}.success", label="success")
-    return RewardSource(row, _function_reward(task.success, row, f"data.source={config.data.source}: its success"))
+    return ConfiguredReward(row, _function_reward(task.success, row, f"data.source={config.data.source}: its success"))
 
 
 def _function_reward(rule: function.Function, row: RewardConfig, where: str) -> Reward:
@@ -275,7 +277,7 @@ def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task
                 raise InputError(f"{named} asks for {asked}, and {why}: {remedy}")
 
 
-def require_text_rewards(config: TrainConfig, rewards: Sequence[RewardSource]) -> None:
+def require_text_rewards(config: TrainConfig, rewards: Sequence[ConfiguredReward]) -> None:
     """Raises InputError for rewards that score pictures alone, for a policy that does not draw."""
     why = f"policy={config.policy} {READS_ONLY}"
     for reward in rewards:

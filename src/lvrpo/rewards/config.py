@@ -21,8 +21,8 @@ from lvrpo.policies.base import Judge
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import OLD_NAMES, REWARDS
+from lvrpo.rewards.async_scoring import AsyncScores
 from lvrpo.rewards.base import SIDES, Reward, Scores, Side, join_judges, judge_fingerprint
-from lvrpo.rewards.early import EarlyScores
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.secrets import is_secret_name, looks_like_secret
 from lvrpo.types import Group, OutputKind, Prompt, TaskKind
@@ -174,14 +174,14 @@ class SupportsPrefetch(Protocol):
 
 
 @dataclass(frozen=True)
-class RewardSource:
+class ConfiguredReward:
     """A reward with its configuration."""
 
     config: RewardConfig
     reward: Reward
     judge: Judge | None = None
     """A judge that replaces the run's judge."""
-    early: EarlyScores = field(default_factory=EarlyScores, compare=False, repr=False)
+    async_scores: AsyncScores = field(default_factory=AsyncScores, compare=False, repr=False)
     """Scores of groups of ``submit``."""
 
     def scores(self, prompt: Prompt) -> bool:
@@ -217,7 +217,7 @@ class RewardSource:
             chosen = [group for group in submitted if self.scores(group.prompt)]
             return chosen, self.score(chosen, nobody) if chosen else Scores(torch.zeros(0, len(submitted[0])))
 
-        self.early.submit(groups, score)
+        self.async_scores.submit(groups, score)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """``Reward.score``, of a copy where the reward is the user's code."""
@@ -264,10 +264,10 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
         )
 
 
-def local_source(config: RewardConfig, device: str = "cpu") -> RewardSource:
+def configured_reward(config: RewardConfig, device: str = "cpu") -> ConfiguredReward:
     """A row whose reward is made in this process; ``device``: of a judge of its own."""
     judge = None if config.judge is None else load_policy(config.judge, device).make_reference()
-    return RewardSource(config, make_reward(config), judge)
+    return ConfiguredReward(config, make_reward(config), judge)
 
 
 def make_reward(config: RewardConfig, section: str = "") -> Reward:
@@ -295,12 +295,12 @@ def make_reward(config: RewardConfig, section: str = "") -> Reward:
         ) from error
 
 
-def checked_scores(source: RewardSource, groups: Sequence[Group], judge: Judge) -> Scores:
+def checked_scores(source: ConfiguredReward, groups: Sequence[Group], judge: Judge) -> Scores:
     """The scores of one reward, with every cell that is no number among the failures."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
         with _preserve_global_state():
-            result = source.early.take(groups) or source.score(groups, judge)
+            result = source.async_scores.take(groups) or source.score(groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
         failures = dict(result.failures)
     except LvrpoError:
