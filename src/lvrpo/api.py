@@ -25,10 +25,10 @@ from lvrpo.rewards.base import Reward
 from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.table import IN_PYTHON
-from lvrpo.training.components import CustomComponents, PromptList, Split
+from lvrpo.training.components import CustomComponents, PromptList
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import TASKS, Prompt, TaskKind
+from lvrpo.types import TASKS, Prompt, Split, TaskKind
 
 RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
 """A name, a row of the configuration, a reward, or a function that returns a number."""

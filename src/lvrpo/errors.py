@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LvrpoError(Exception):
@@ -24,6 +26,17 @@ class UnhealthyRunError(LvrpoError):
 
 class LostProcessError(ContractError):
     """Another process of the run has died or is unreachable."""
+
+
+def optional_package(name: str, needed_by: str, extra: str) -> Any:
+    """A package of an extra; raises InputError with the command that installs it. Any: it may have no types.
+
+    ``needed_by``: begins the message, such as "an adapter needs peft".
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{needed_by}: pip install 'lvrpo[{extra}]'") from None
 
 
 def describe_error(error: BaseException) -> str:

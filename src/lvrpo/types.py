@@ -20,6 +20,8 @@ TASKS: tuple[TaskKind, ...] = ("understand", "generate", "edit", "reason")
 
 OutputKind = Literal["text", "image"]
 
+Split = Literal["train", "validation", "test"]
+
 SegmentKind = Literal["text", "flow", "tokens", "masked"]
 SEGMENT_KINDS: tuple[SegmentKind, ...] = ("text", "flow", "tokens", "masked")
 """Generation method of a segment, in the order of training: text, and images by a flow, as autoregressive image tokens,

@@ -13,8 +13,8 @@ from stored import killed_copy, stored
 
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
-from lvrpo.evaluation.reward_audit import audit_rewards
 from lvrpo.evaluation.recorded_groups import read_recorded_run
+from lvrpo.evaluation.reward_audit import audit_rewards
 from lvrpo.registry import allow_code
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout_log import TRAITS, read_steps

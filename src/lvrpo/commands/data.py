@@ -170,12 +170,13 @@ def _read_train_config(given: Sequence[str]) -> TrainConfig:
 
 def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
     """Every row with decoded pictures; ``root``: another folder of the pictures."""
+    configs = {split: JsonlConfig(test=path, root=root) for split, path in paths.items()}
+    return {split: _compared(JsonlPrompts(config, "test")) for split, config in configs.items()}
 
-    def read(path: Path) -> list[ComparedPrompt]:
-        source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
-        return list(compared_rows(source.rows(), lambda picture: compared_pixels(load_image(picture))))
 
-    return {split: read(path) for split, path in paths.items()}
+def _compared(rows: RowPrompts) -> list[ComparedPrompt]:
+    """Rows for the comparison of splits, images by their pixels."""
+    return list(compared_rows(rows.rows(), lambda image: compared_pixels(load_image(image))))
 
 
 def _scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
@@ -227,10 +228,7 @@ def check(options: Options) -> None:
         sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", _shown(rows), SIDE)
         write_file(file, png(sheet), options.force)
         console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
-    compared = {
-        split: list(compared_rows(rows.rows(), lambda picture: compared_pixels(load_image(picture))))
-        for split, rows in splits.items()
-    }
+    compared = {split: _compared(rows) for split, rows in splits.items()}
     for split, prompts in compared.items():
         twice = duplicates(prompts)
         if twice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from lvrpo.commands.infer import prompt, sample
 from lvrpo.commands.options import Options
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import InputError, LvrpoError, optional_package
 from lvrpo.images import middle_square
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
@@ -25,7 +24,7 @@ JUDGED = ("question", "right answer", "confidence")
 
 
 def demo(options: Options) -> None:
-    gradio = _library()
+    gradio = optional_package("gradio", "the demo needs gradio", "demo")
     torch.set_num_threads(options.threads)
     sessions = {options.model: Session(load_policy(options.model, options.device, options.dtype, options.base))}
     if options.against in sessions:
@@ -119,7 +118,7 @@ class Session:
 
 def build(sessions: dict[str, Session]) -> Any:
     """The page, not launched. Any: a gradio.Blocks."""
-    gradio = _library()
+    gradio = optional_package("gradio", "the demo needs gradio", "demo")
     tasks = set.intersection(*(set(session.tasks) for session in sessions.values()))
     with gradio.Blocks(title="lvrpo", analytics_enabled=False) as app, gradio.Tabs():
         if "generate" in tasks:
@@ -188,11 +187,3 @@ def _drawn(session: Session, group: Group) -> tuple[Any, str, list[list[str]]]:
     ]
     rows = [[str(g + 1), *row] for g, rows in enumerate(session.judge(group)) for row in rows]
     return pictures, group.trajectories[0].text or "", rows
-
-
-def _library() -> Any:
-    """gradio. Any: an optional package."""
-    try:
-        return importlib.import_module("gradio")
-    except ImportError:
-        raise InputError("the demo needs gradio: pip install 'lvrpo[demo]'") from None

@@ -13,7 +13,7 @@ from lvrpo import __version__
 from lvrpo.commands.options import Options
 from lvrpo.commands.use_options import REPO_ID
 from lvrpo.distributed.peers import first_line
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, optional_package
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.adapter import has_adapter, read_base
 from lvrpo.policies.loading import policy_folder, possible_tasks
@@ -199,8 +199,4 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 def _library() -> Any:
     """huggingface_hub. Any: an optional package."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError("the Hub needs huggingface_hub: pip install 'lvrpo[hub]'") from None
-    return huggingface_hub
+    return optional_package("huggingface_hub", "the Hub needs huggingface_hub", "hub")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, optional_package
 
 OUTPUTS = ("image", "text")
 REWARD = '''"""The reward {name}: which {what} are good, and why."""
@@ -108,10 +108,7 @@ def completion(options: Options) -> None:
     from lvrpo.commands import COMMANDS
     from lvrpo.registry import resolve
 
-    try:
-        import shtab
-    except ImportError:
-        raise InputError("completion needs shtab: pip install 'lvrpo[completion]'") from None
+    shtab = optional_package("shtab", "completion needs shtab", "completion")
     parser = argparse.ArgumentParser(prog="lvrpo")
     level: Any = parser.add_subparsers()  # the class of argparse is private
     groups: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from lvrpo.data.rows import Line, RowPrompts, make_line
 from lvrpo.errors import InputError
 from lvrpo.images import check_image, load_image
 from lvrpo.reading import parse_json, read_text
+from lvrpo.types import Split
 
 
 class JsonlConfig(Config):
@@ -38,7 +39,7 @@ class JsonlPrompts(RowPrompts):
     def __init__(
         self,
         config: JsonlConfig,
-        split: Literal["train", "validation", "test"] = "train",
+        split: Split = "train",
         seed: int = 0,
         side: int | None = None,
         problems: list[str] | None = None,

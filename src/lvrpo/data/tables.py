@@ -24,9 +24,8 @@ from lvrpo.data.rows import Line, Row, RowPrompts, make_line
 from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_image, open_table, parse_range, suggest
 from lvrpo.errors import InputError
 from lvrpo.images import ImageFile, StoredImage, check_image, load_image
-from lvrpo.types import TaskKind
+from lvrpo.types import Split, TaskKind
 
-Split = Literal["train", "validation", "test"]
 PICTURE_FIELDS = ("images", "target", "edited")
 
 

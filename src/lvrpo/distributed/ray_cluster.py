@@ -9,7 +9,7 @@ from types import ModuleType
 
 from lvrpo.distributed.collectives import world_size
 from lvrpo.distributed.peers import typed_first_line
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, optional_package
 
 STORE_BYTES = 1 << 30
 """Object store size of a cluster that this process starts; Ray spills the rest to disk."""
@@ -22,10 +22,7 @@ def ray_cluster(what: str) -> ModuleType:
     Raises InputError if ray is not installed or there is no cluster to connect to, ContractError if Ray fails to start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise InputError(f"{what}: needs ray: pip install 'lvrpo[ray]'") from None
+    ray = optional_package("ray", f"{what}: needs ray", "ray")
     if ray.is_initialized():
         return ray
     main = threading.current_thread() is threading.main_thread()

@@ -22,7 +22,7 @@ from torch import nn
 from lvrpo import distributed
 from lvrpo.atomic_io import read_weights, write_tensors
 from lvrpo.config import Config
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, optional_package
 from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.reading import read_json_object
 from lvrpo.types import SegmentKind
@@ -365,8 +365,4 @@ def _layers(policy: nn.Module) -> dict[str, Any]:
 
 def peft_library() -> Any:
     """The package. Any: it is optional."""
-    try:
-        import peft
-    except ImportError:
-        raise InputError("an adapter needs peft: pip install 'lvrpo[peft]'") from None
-    return peft
+    return optional_package("peft", "an adapter needs peft", "peft")

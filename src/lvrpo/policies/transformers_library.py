@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lvrpo.errors import InputError
+from lvrpo.errors import optional_package
 
 
 def transformers_library(what: str) -> Any:
     """The package; raises InputError that names ``what`` needs it. Any: it is optional."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(f"{what} needs transformers: pip install 'lvrpo[external]'") from None
-    return transformers
+    return optional_package("transformers", f"{what} needs transformers", "external")
 
 
 @contextmanager

@@ -278,22 +278,27 @@ def _content(text: str, max_tokens: int) -> str:
 
 
 def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": image_url(part)}}
-        for part in parts
-    ]
     return {
         "model": config.model,
-        "messages": [{"role": "user", "content": content}],
+        "messages": [user_message(parts)],
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
     }
 
 
+def user_message(parts: Parts) -> dict[str, Any]:
+    """A user's turn of texts and images in an OpenAI-compatible chat. Any: JSON values."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": image_url(part)}}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
 def image_url(image: Image) -> str:
-    """A picture (3, H, W) in [0, 1] as PNG in a data address."""
+    """An image (3, H, W) in [0, 1] as PNG in a data address."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 

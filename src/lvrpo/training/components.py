@@ -24,9 +24,7 @@ from lvrpo.rewards.table import IN_PYTHON, TASK_REWARD, build_rewards
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.judge import JudgeRows, build_judge_rows, require_judge_used
 from lvrpo.training.validation import Validator
-from lvrpo.types import Example, Prompt, TaskKind
-
-Split = Literal["train", "validation", "test"]
+from lvrpo.types import Example, Prompt, Split, TaskKind
 
 REWARD_CHECK_PROMPTS = 32
 """Prompts per task on which the rewards are checked before a run starts."""

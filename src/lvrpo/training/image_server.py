@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load
 
 from lvrpo.distributed import is_main
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, optional_package
 from lvrpo.policies.base import Policy, Sampling, announce
 from lvrpo.policies.diffusers_flow.checkpoint import save_transformer
 from lvrpo.policies.diffusers_flow.pipelines import TRAINED, Grid
@@ -58,10 +58,7 @@ class SGLangDiffusionServer(EngineClient):
                 "rollout.engine.kind=process or policy"
             )
         super().__init__(config)
-        try:
-            import msgpack
-        except ImportError:
-            raise InputError("rollout.engine: needs the package msgpack: pip install 'lvrpo[endpoint]'") from None
+        msgpack = optional_package("msgpack", "rollout.engine: needs the package msgpack", "endpoint")
         self.policy, self._unpack = policy, msgpack.unpackb
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> str:
@@ -74,10 +71,7 @@ class SGLangDiffusionServer(EngineClient):
             folder = Path(self._folder.name) / checksum[:16]
             if self.policy.adapter is None:
                 save_transformer(self.policy.transformer, folder, self.policy.compute_dtype)
-                asked = {"model_path": str(folder), "flush_cache": True, "target_modules": [TRAINED]}
-                reply = self._request("/update_weights_from_disk", asked)
-                if not isinstance(reply, dict) or reply.get("success") is not True:
-                    raise ContractError(f"rollout engine: {self.name} did not load the weights: {str(reply)[:200]}")
+                self._update_weights(folder, target_modules=[TRAINED])
             else:
                 self.policy.save(folder)
                 # a new path under the same name replaces the adapter

@@ -27,7 +27,16 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling, announce
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy, ReadPrompt
 from lvrpo.reading import parse_json
-from lvrpo.rewards.endpoint import HEADERS, LateError, Reply, UnreadableError, http_packages, image_url, post
+from lvrpo.rewards.endpoint import (
+    HEADERS,
+    LateError,
+    Reply,
+    UnreadableError,
+    http_packages,
+    image_url,
+    post,
+    user_message,
+)
 from lvrpo.sampling import derive_seed
 from lvrpo.training.policies import weights_checksum
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
@@ -95,6 +104,13 @@ class EngineClient:
         """Closes the connections; the server goes on."""
         self._client.close()
         self._folder.cleanup()
+
+    def _update_weights(self, folder: Path, **options: Any) -> None:
+        """SGLang's request to load the model of a folder; raises ContractError. Any: JSON values."""
+        body = {"model_path": str(folder), "flush_cache": True, **options}
+        reply = self._request("/update_weights_from_disk", body)
+        if not isinstance(reply, dict) or reply.get("success") is not True:
+            raise ContractError(f"rollout engine: {self.name} did not load the weights: {str(reply)[:200]}")
 
     def _request(self, path: str, body: Mapping[str, Any], accept: Collection[int] = ()) -> Any:
         """Posts JSON and returns the response's, None for a status in ``accept``. Any: JSON values."""
@@ -242,15 +258,9 @@ class VLLMServer(InferenceServer):
         raise ContractError("rollout engine: vLLM takes new weights as an adapter only: set adapter")
 
     def _sample(self, prompt: ReadPrompt, sampling: Sampling, seed: int) -> list[Answer]:
-        content = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": image_url(part)}}
-            for part in prompt.parts
-        ]
         body = {
             "model": self.adapter,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [user_message(prompt.parts)],
             "n": sampling.group_size,
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_new_tokens,
@@ -285,9 +295,7 @@ class SGLangServer(InferenceServer):
     load_path, unload_path = "/load_lora_adapter", "/unload_lora_adapter"
 
     def _load_model(self, folder: Path) -> None:
-        reply = self._request("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
-        if not isinstance(reply, dict) or reply.get("success") is not True:
-            raise ContractError(f"rollout engine: SGLang did not load the weights: {str(reply)[:200]}")
+        self._update_weights(folder)
 
     def _sample(self, prompt: ReadPrompt, sampling: Sampling, seed: int) -> list[Answer]:
         body: dict[str, Any] = {

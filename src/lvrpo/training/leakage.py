@@ -13,11 +13,11 @@ from lvrpo.data.leakage import ComparedPrompt, Index, compared_file, compared_ro
 from lvrpo.data.rows import RowPrompts
 from lvrpo.data.tables import DatasetPrompts
 from lvrpo.errors import ContractError, InputError
-from lvrpo.training.components import Split, open_source
+from lvrpo.training.components import open_source
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, RunDirectory
-from lvrpo.types import Prompt
+from lvrpo.types import Prompt, Split
 
 SAMPLED_STEPS = 2
 """Training steps of the built-in world that are checked when a run starts; ``lvrpo audit --data`` checks all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from torch import _foreach_copy_, _foreach_lerp_, _foreach_mul_, nn  # pyright: 
 
 from lvrpo.config import Config, NonNegative
 from lvrpo.distributed import ShardedMuon, gradient_norms, local
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, optional_package
 from lvrpo.policies.adapter import is_adapter
 from lvrpo.policies.base import Policy
 
@@ -216,10 +215,7 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 def eight_bit_library() -> Any:
     """bitsandbytes. Any: an optional package."""
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError:
-        raise InputError("optimizer.kind=adamw_8bit needs bitsandbytes: pip install 'lvrpo[eight-bit]'") from None
+    return optional_package("bitsandbytes", "optimizer.kind=adamw_8bit needs bitsandbytes", "eight-bit")
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, optional_package
 from lvrpo.policies.bagel.checkpoint import find_tensors
 from lvrpo.policies.diffusers_flow import INDEX, PIPELINES, require_supported
 from lvrpo.policies.diffusers_flow.pipelines import TRAINED, FlowPipeline
@@ -190,12 +189,9 @@ def link_file(source: Path, target: Path) -> None:
 
 def diffusers_library() -> Any:
     """The package. Any: it is optional."""
-    try:
-        with warnings.catch_warnings(), _quiet_logs():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("diffusers")
-    except ImportError:
-        raise InputError("a pipeline of diffusers needs diffusers: pip install 'lvrpo[diffusers]'") from None
+    with warnings.catch_warnings(), _quiet_logs():
+        warnings.simplefilter("ignore")
+        return optional_package("diffusers", "a pipeline of diffusers needs diffusers", "diffusers")
 
 
 @contextmanager
