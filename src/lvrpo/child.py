@@ -1,4 +1,4 @@
-"""The command of a process that runs a module of lvrpo; a file of the current folder is no module that it imports."""
+"""The command line of a child process that runs a module of lvrpo and imports no file of the current folder."""
 
 from __future__ import annotations
 

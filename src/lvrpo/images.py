@@ -1,4 +1,4 @@
-"""Opens picture files: only safe formats, with bounded size; the only caller of ``PIL.Image.open``.
+"""Reads image files: only safe formats, with bounded size; the only caller of ``PIL.Image.open``.
 
 Pillow passes some formats to other programs (EPS and PostScript to Ghostscript); they are refused by content, not by
 file name.

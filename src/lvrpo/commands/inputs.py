@@ -1,4 +1,4 @@
-"""CONFIG, and files of the user: read with one-line errors, written whole or not at all, never over something else."""
+"""Reads CONFIG and files of the user with one-line errors; writes files whole or not at all, never over others."""
 
 from __future__ import annotations
 

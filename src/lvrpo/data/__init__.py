@@ -1,4 +1,4 @@
-"""Rows in, prompts out: the built-in world and the user's own files."""
+"""Tasks and datasets: prompts of the built-in world and of the user's own files."""
 
 from lvrpo.data.base import DATASETS, Task
 

@@ -1,4 +1,4 @@
-"""Tasks and worlds: where prompts come from and what is right, and the tables of both."""
+"""The interfaces of a task (prompts, reward, success metric) and of a world (verifier), and their registries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaks between splits: which prompts of one set another set has too, found without the keys that made the splits.
+"""Leakage between splits: prompts of one set that another set has too, found without the keys that made the splits.
 
 A prompt is compared by what it says and shows: its text after ``normalized``, the pixels of its pictures, their
 perceptual hashes, its word n-grams, and what it asks beyond the words, where that is known (``content``).

@@ -1,4 +1,4 @@
-"""Rows of tokens that grow from a cache of keys and values of ``transformers``; sampled texts and image tokens.
+"""Autoregressive decoding with a KV cache of ``transformers``: sampled texts and image tokens.
 
 Letters: R rows, L places so far, n new places, D what the model gives per place (states or logits), B members,
 N tokens of a picture.

@@ -1,4 +1,4 @@
-"""The base of policies that draw latents by a flow, each row by itself: Show-o2, and pipelines of diffusers.
+"""The base of policies that generate latents by a flow, each row by itself: Show-o2, and pipelines of diffusers.
 
 Letters: B images, N tokens of one, C numbers of a token.
 """

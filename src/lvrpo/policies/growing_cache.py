@@ -1,4 +1,4 @@
-"""Keys and values of ``transformers`` that grow in place; imported where that optional package is at hand."""
+"""A KV cache layer of ``transformers`` that grows in place; imported where that optional package is at hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of ``transformers`` that write text and draw image tokens, one after another, by one transformer.
+"""Models of ``transformers`` that generate text and image tokens autoregressively by one transformer.
 
 Letters: R rows, L places of a row, D width, B members, N tokens of a picture, h lines of w tokens each, K codes.
 """

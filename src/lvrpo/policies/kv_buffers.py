@@ -1,4 +1,4 @@
-"""Buffers of keys and values with room for the tokens to come."""
+"""Preallocated KV buffers, with room for the tokens to come: selection of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture tokenizer without a network: a token is the nearest of K tiles, found by k-means (vector quantization).
+"""An image tokenizer without a network: a token is the nearest of K tiles, found by k-means (vector quantization).
 
 Of pictures that are made of tiles, as those of the built-in world, it loses less than a small convolutional
 autoencoder, is learned in seconds, and costs nothing beside the transformer.

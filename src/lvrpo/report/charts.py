@@ -1,4 +1,4 @@
-"""Charts and tables of the metrics of a run as the template draws them: curves, and the gradient audit."""
+"""Line charts of the metrics of a run, and the tables of the gradient audit, as the template draws them."""
 
 from __future__ import annotations
 

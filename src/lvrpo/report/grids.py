@@ -1,4 +1,4 @@
-"""Rows of captioned pictures in one picture: what ``grid.png`` of a training step is."""
+"""Image grids: rows of captioned images in one image, such as ``grid.png`` of a training step, and contact sheets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward without ground truth: of the answers of a group, the one that has most votes of the frozen judge."""
+"""Majority-vote reward without ground truth: the answer of a group that has most votes of the frozen judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of rewards that wait for other programs, computed in a thread while the policy samples further groups.
+"""Asynchronous scoring: rewards that wait for other programs run in a thread while the policy samples further groups.
 
 One thread for all rewards of a process: a reward is never called by two threads at once.
 """

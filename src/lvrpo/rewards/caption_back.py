@@ -1,4 +1,4 @@
-"""Encoder-free reward: the frozen model describes the drawing, and the description is compared with the prompt."""
+"""Cycle-consistency reward: the frozen model captions the image, and the caption is compared with the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row of the reward section: its configuration, its object, and one call of it in which nothing is invented."""
+"""The configuration of a reward, the reward that is made from it, and its scores with failed ones masked."""
 
 from __future__ import annotations
 

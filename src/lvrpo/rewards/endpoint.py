@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible address (vLLM, SGLang, a provider): texts and pictures in, a text out.
+"""Client of an OpenAI-compatible chat endpoint (vLLM, SGLang, a provider): texts and images in, a text out.
 
 The key comes from an environment variable that the configuration names; it is in no configuration, file or message.
 """

@@ -1,4 +1,4 @@
-"""Encoders and judges that the user brings: folders of ``transformers`` checkpoints, never downloaded.
+"""External encoders and judges: local folders of ``transformers`` checkpoints, never downloaded.
 
 They are what the published method uses. The rewards that take one (``source``) use the policy's own frozen reading
 side by default and need none.

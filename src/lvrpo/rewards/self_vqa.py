@@ -1,4 +1,4 @@
-"""Encoder-free reward: the model's own frozen reading side answers the questions that the prompt implies."""
+"""VQA reward without an encoder: the frozen policy itself answers the questions that the prompt implies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifiable rewards of drawings: the text in them by optical character recognition, their facts by a verifier."""
+"""Verifiable rewards of images: the text in them by optical character recognition, their facts by a verifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat model that sees pictures judges from behind an OpenAI-compatible address."""
+"""VLM-as-judge reward: a chat model behind an OpenAI-compatible endpoint judges images or texts."""
 
 from __future__ import annotations
 

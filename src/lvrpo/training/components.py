@@ -1,4 +1,4 @@
-"""The task of a run: training prompts, rewards, held-out prompts and success, each validated before the run starts."""
+"""The components of a run: task, rewards, held-out prompts and success, each validated before the run starts."""
 
 from __future__ import annotations
 

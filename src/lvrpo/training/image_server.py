@@ -1,4 +1,4 @@
-"""A rollout engine that draws on a server of SGLang-Diffusion, over HTTP (its interface of version 0.5.23).
+"""Rollout engine for images: an SGLang-Diffusion server over HTTP (its interface of version 0.5.23).
 
 It returns final latents, which DiffusionNFT and AWM train on: no path and no log-probs. Every transfer of weights is
 followed by a probe: one step of a drawing, whose velocity has to be the policy's.

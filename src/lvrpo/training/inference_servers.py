@@ -1,4 +1,4 @@
-"""Rollout engines that are inference servers of text: vLLM and SGLang, over HTTP; ``image_server`` draws.
+"""Rollout engines for text: vLLM and SGLang servers over HTTP; for images see ``image_server``.
 
 The server runs the model of the run's base; new weights reach it through a folder. It samples answers with their
 log-probs, which are compared with those of the trainer by the step-0 contract and corrected by importance weights.

@@ -1,4 +1,4 @@
-"""What published benchmarks of drawings share: sampled as the model prefers, and scored by a reward."""
+"""Common code of published text-to-image benchmarks: the model's own sampling settings, and a reward as score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lmms-eval 0.7.3 as a process of an environment of its own, with lvrpo as its model: a task in, its files out.
+"""lmms-eval 0.7.3 as a subprocess in an environment of its own, with lvrpo as its model: a task in, its files out.
 
 Every task is a process. A finished task is not run again; an interrupted one takes the answers that it has given
 from a file (``lmms.AnswerFile``).

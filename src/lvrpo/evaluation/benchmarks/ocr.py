@@ -1,4 +1,4 @@
-"""Drawn text: prompts with the text in quotation marks, one a line as flow_grpo has them, scored by reading it back."""
+"""Text rendering: prompts with the text in quotation marks, one a line as flow_grpo has them, scored by OCR."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a published benchmark is, and what the user opens it with."""
+"""The description of a published benchmark, and its inputs: data folder, detector, VLM judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of policies that read and draw MAGVIT-v2 tokens: Show-o, MMaDA."""
+"""The base of policies that read and generate MAGVIT-v2 tokens: Show-o, MMaDA."""
 
 from __future__ import annotations
 
