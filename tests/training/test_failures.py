@@ -17,11 +17,11 @@ from lvrpo.report.charts import other_charts, reward_charts
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import score_groups
-from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
-from lvrpo.training.rollout_log import one_line, reward_means
+from lvrpo.training.reward_metrics import one_line, reward_means
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.samples import write_samples
 from lvrpo.types import Group, Prompt, RewardTable
 
 ASK = [Prompt(f"q{i}", "understand", ("x",), ("text",)) for i in range(2)]
@@ -77,7 +77,7 @@ def test_a_reason_is_one_line_that_a_file_can_hold() -> None:
 def test_samples_say_why_a_score_is_missing() -> None:
     run = RunDirectory.create(Path("run"), TrainConfig())
     groups, table = scored(FAILURES)
-    rollout_log.write_samples(run, 1, groups, table, group_successes(groups))
+    write_samples(run, 1, groups, table, group_successes(groups))
     (path,) = Path("run").rglob("groups.jsonl")
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
     found = {name: [(m["rewards"], m["masked"]) for m in row["members"]] for name, row in rows.items()}

@@ -25,7 +25,7 @@ from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.training.components import PromptList, open_components, success_metric, task_scorer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
-from lvrpo.training.rollout_log import reward_means
+from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.validation import ValidationReport, Validator
 from lvrpo.types import Group, RewardTable, TaskKind

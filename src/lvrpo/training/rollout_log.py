@@ -9,8 +9,6 @@ a function of the current step, so a resumed run has the same files as an uninte
 from __future__ import annotations
 
 import io
-import json
-import math
 import re
 import zipfile
 from collections import Counter
@@ -25,14 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
-from lvrpo.images import png
 from lvrpo.reading import MIB, read_bytes
-from lvrpo.report.grids import Tile, image_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
-from lvrpo.training.data_parallel import gather_groups, local_rows, merge_ranks
+from lvrpo.training.data_parallel import local_rows, merge_ranks
 from lvrpo.training.run_directory import SCORES, RunDirectory
-from lvrpo.types import TASKS, Group, RewardTable, TaskKind, TextSegment
+from lvrpo.types import Group, RewardTable, TaskKind, TextSegment
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -339,121 +335,3 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile):
             raise InputError(f"{path}: is not a whole record of scores: delete it") from None
-
-
-GROUPS_PER_TASK = 4
-
-
-def write_samples(
-    run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, known: Mapping[int, Sequence[float]]
-) -> None:
-    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task; ``known``: ``group_successes``."""
-    chosen = [
-        p
-        for task in TASKS
-        for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
-    ]
-    shown = gather_groups(groups, chosen)
-    if not is_main():
-        return
-    successes: list[Sequence[float | None]] = [
-        [None if math.isnan(one) else one for one in known.get(p, [math.nan] * len(group))]
-        for p, group in zip(chosen, shown, strict=True)
-    ]
-    rows = []
-    for group, success in zip(shown, successes, strict=True):
-        if group.trajectories[0].image is None:
-            continue
-        pictures = [Tile(image, "source") for image in group.prompt.images]
-        pictures += [
-            Tile(t.image, t.text or "", good=None if ok is None else bool(ok))
-            for t, ok in zip(group.trajectories, success, strict=True)
-        ]
-        rows.append((group.prompt.text, pictures))
-    folder = f"samples/{run.samples_dir(step).name}"
-    if rows:
-        run.write_bytes(f"{folder}/grid.png", png(image_grid(rows)))
-    lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, successes, strict=True)]
-    run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
-
-
-def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | None]) -> dict[str, Any]:
-    members = []
-    for g, trajectory in enumerate(group.trajectories):
-        scores = {
-            name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None
-            for k, name in enumerate(table.names)
-        }
-        member = {"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores}
-        members.append(member | {"masked": mask_reasons(table, p, g)})
-    prompt = group.prompt
-    return {
-        "id": prompt.id,
-        "task": prompt.task,
-        "category": prompt.category,
-        "prompt": group.prompt.text,
-        "answer": prompt.answer,
-        "judge": table.judge,
-        "judged_by": dict(table.judged_by),
-        "members": members,
-    }
-
-
-# --- metrics of the rewards of a step ---
-
-MAX_REASON_LENGTH = 200
-"""Characters of a logged reason."""
-
-
-def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
-    """Mean, clipped share and failures of every reward per task, and the success rate.
-
-    ``successes``: by row of the table (``group_successes``).
-    """
-    out: dict[str, float | str] = {}
-    for task in dict.fromkeys(table.tasks):
-        rows = [p for p, name in enumerate(table.tasks) if name == task]
-        success = torch.tensor([successes[p] for p in rows if p in successes])
-        if (known := success[success.isfinite()]).numel():
-            out[f"{prefix}/{task}/success"] = float(known.mean())
-        if len(known) < success.numel():
-            out[f"{prefix}_failed/{task}/success"] = 1 - len(known) / success.numel()
-        for k, name in enumerate(table.names):
-            valid = table.mask[rows, :, k]
-            if valid.any():
-                out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
-            if name in table.cut and valid.any():
-                out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
-            out |= failed_scores(prefix, table, rows, k)
-    return out
-
-
-def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) -> dict[str, float | str]:
-    """The share of failed scores of one reward in rows of one task and the most common reason; {} without failures."""
-    G = table.mask.shape[1]
-    failed = Counter(
-        reason.removeprefix("failed: ")
-        for p in rows
-        for g in range(G)
-        if (reason := table.reasons.get((p, g, k), "")).startswith("failed: ")
-    )
-    if not failed:
-        return {}
-    where = f"{table.tasks[rows[0]]}/{table.names[k]}"
-    share = failed.total() / (failed.total() + int(table.mask[rows, :, k].sum()))
-    return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": one_line(failed.most_common(1)[0][0])}
-
-
-def mask_reasons(table: RewardTable, p: int, g: int) -> dict[str, str]:
-    """The reasons of a member's missing scores, by reward."""
-    return {
-        name: one_line(table.reasons.get((p, g, k), "unknown"))
-        for k, name in enumerate(table.names)
-        if not bool(table.mask[p, g, k])
-    }
-
-
-def one_line(reason: str) -> str:
-    """A reason as one line of valid UTF-8 and limited length."""
-    line = " ".join(reason.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= MAX_REASON_LENGTH else f"{line[: MAX_REASON_LENGTH - 3]}..."

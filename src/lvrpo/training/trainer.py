@@ -41,10 +41,11 @@ from lvrpo.training.microbatches import by_kind, microbatches, minibatches, redu
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.preflight import check_before_first_step, check_first_update
+from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, resample
 from lvrpo.training.rollout_engine import EngineSampler, open_engine
-from lvrpo.training.rollout_log import reward_means
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.samples import write_samples
 from lvrpo.training.setup import (
     data_fingerprints,
     extend_run,
@@ -226,7 +227,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     if step % config.reference_eval_every == 0:
                         row |= self._evaluate_reference(prompts, step)
                     if state.step % config.samples_every == 0 or state.step == config.steps:
-                        rollout_log.write_samples(run, state.step, groups, table, successes)
+                        write_samples(run, state.step, groups, table, successes)
                     if state.overoptimization is not None:
                         state.overoptimization.add(state.step, groups, table, successes)
                     if validates:
