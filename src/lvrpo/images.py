@@ -65,10 +65,15 @@ def damage_error(name: Path | str, error: BaseException) -> InputError:
     return InputError(f"{name}: damaged picture ({message}): save it again")
 
 
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] to contiguous uint8 (H, W, 3), rounded; nan is 0."""
+    pixels = (image.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte()
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
 def to_pil(image: torch.Tensor) -> PilImage.Image:
-    """A picture (3, H, W) in [0, 1], rounded to 8 bits."""
-    pixels = (image.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return PilImage.fromarray(pixels)
+    """An image (3, H, W) in [0, 1], rounded to 8 bits."""
+    return PilImage.fromarray(to_uint8(image))
 
 
 def png(image: torch.Tensor | PilImage.Image) -> bytes:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lvrpo.images import to_uint8
 from lvrpo.policies.bagel.checkpoint import official_name
-from lvrpo.policies.bagel.encoders import position_ids, to_uint8
+from lvrpo.policies.bagel.encoders import position_ids
 from lvrpo.policies.bagel.policy import (
     BagelPolicy,
     PackedLosses,

@@ -12,7 +12,7 @@ import torch
 from lvrpo.commands.infer import prompt, sample
 from lvrpo.commands.options import Options
 from lvrpo.errors import InputError, LvrpoError, optional_package
-from lvrpo.images import middle_square
+from lvrpo.images import middle_square, to_uint8
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.questions import QuestionConfig
@@ -179,11 +179,7 @@ def _answer(
 
 
 def _drawn(session: Session, group: Group) -> tuple[Any, str, list[list[str]]]:
-    """The pictures as arrays, the text before them, and the rows of their judgement."""
-    pictures = [
-        (t.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        for t in group.trajectories
-        if t.image is not None
-    ]
+    """The images as arrays, the text before them, and the rows of their judgement."""
+    images = [to_uint8(t.image) for t in group.trajectories if t.image is not None]
     rows = [[str(g + 1), *row] for g, rows in enumerate(session.judge(group)) for row in rows]
-    return pictures, group.trajectories[0].text or "", rows
+    return images, group.trajectories[0].text or "", rows

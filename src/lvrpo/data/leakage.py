@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from lvrpo.images import ImageFile, StoredImage
+from lvrpo.images import ImageFile, StoredImage, to_uint8
 from lvrpo.types import Image
 
 Leak = Literal["prompt", "content", "look"]
@@ -145,7 +145,7 @@ def compared_file(file: ImageFile) -> ComparedImage:
 
 def compared_pixels(image: Image, phash: bool = True) -> ComparedImage:
     """A picture by its pixels in 8 bits and, unless ``phash`` is false, by its perceptual hash."""
-    pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
+    pixels = to_uint8(image)
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
     return ComparedImage(digest, perceptual_hash(pixels) if phash else b"")
 

@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
 from lvrpo.errors import InputError
+from lvrpo.images import to_uint8
 from lvrpo.policies.base import Judge
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Scores, image_problems, score_each, score_images
@@ -101,8 +102,7 @@ class RapidReader:
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
             self._engine = self._make(params=settings)
-        pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        found = self._engine(pixels[..., ::-1].copy())  # it wants blue first
+        found = self._engine(to_uint8(image)[..., ::-1].copy())  # it wants blue first
         return " ".join(found.txts or ())
 
 

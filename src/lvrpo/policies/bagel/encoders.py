@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.images import to_uint8
 from lvrpo.policies.convolutions import GROUPS, Decoder, Encoder
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.mot.model_runner import Grid
@@ -335,12 +336,6 @@ class ResizeRule(Config):
 
     def _scaled(self, side: int, scale: float) -> int:
         return max(self.stride, int(round(round(side * scale) / self.stride) * self.stride))
-
-
-def to_uint8(image: Image) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> uint8 (H, W, 3), rounded."""
-    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
 def resize_with_pil(image: Image, width: int, height: int) -> Image:
