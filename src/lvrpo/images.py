@@ -29,7 +29,7 @@ from lvrpo.types import Image
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Accepted formats; MPO, written by phones, is a JPEG."""
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded."""
+"""Larger images are refused before they are decoded."""
 MAX_BYTES = 512 * MIB
 REMEDY = "save it as PNG or JPEG"
 DECODE_ERRORS = (
@@ -41,9 +41,9 @@ DECODE_ERRORS = (
 
 @contextmanager
 def open_image(source: Path | bytes, name: Path | str) -> Iterator[PilImage.Image]:
-    """An open picture, pixels not yet decoded; ``name`` is used in error messages.
+    """An open image, pixels not yet decoded; ``name`` is used in error messages.
 
-    Raises InputError if the source is not a regular file, is not a picture of ``FORMATS``, is damaged or animated, or
+    Raises InputError if the source is not a regular file, is not an image of ``FORMATS``, is damaged or animated, or
     has more than 64 megapixels.
     """
     with warnings.catch_warnings():
@@ -77,7 +77,7 @@ def to_pil(image: torch.Tensor) -> PilImage.Image:
 
 
 def png(image: torch.Tensor | PilImage.Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
+    """The image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     (to_pil(image) if isinstance(image, torch.Tensor) else image).save(buffer, "PNG")
     return buffer.getvalue()
@@ -115,15 +115,15 @@ def _animated(picture: PilImage.Image, name: Path | str) -> bool:
 # --- pixels ---
 
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations of pictures that are stored on their side."""
+"""EXIF orientations of images that are stored on their side."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The bytes of a picture file inside a table or an archive."""
+    """The bytes of an image file inside a table or an archive."""
 
     name: str
-    """The location of the picture, unique."""
+    """The location of the image, unique."""
     content: bytes = field(compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -152,23 +152,23 @@ def upright_size(file: ImageFile) -> tuple[int, int]:
 
 
 def load_mask(file: ImageFile) -> torch.Tensor:
-    """A picture as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
+    """An image as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
     return load_image(file).mean(dim=0) > 0.5
 
 
 def load_image(file: ImageFile) -> Image:
-    """Reads a picture: float32 (3, height, width) in [0, 1].
+    """Reads an image: float32 (3, height, width) in [0, 1].
 
     Any mode is taken: transparency is composited on white, the EXIF orientation applied, gray and palette and CMYK
-    pictures converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
-    missing, no picture, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
+    images converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
+    missing, no image, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
     """
     with open_image(*_opened(file)) as opened:
         return _pixels(opened, str(file))
 
 
 def decode_image(content: bytes, name: str) -> Image:
-    """A picture from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
+    """An image from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
     with open_image(content, name) as opened:
         return _pixels(opened, name)
 
@@ -179,7 +179,7 @@ def _opened(file: ImageFile) -> tuple[Path | bytes, Path | str]:
 
 
 def middle_square(image: Image, side: int) -> Image:
-    """The middle square of a picture resized to (3, side, side); itself if it has that size."""
+    """The middle square of an image resized to (3, side, side); itself if it has that size."""
     height, width = image.shape[1:]
     if (height, width) == (side, side):
         return image

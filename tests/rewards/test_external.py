@@ -13,7 +13,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.config import RewardConfig
-from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_fingerprint
+from lvrpo.rewards.external import ExternalVLM, SiglipEncoder, folder_fingerprint
 from lvrpo.rewards.published import Instruction, Knowledge, Semantic
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Prompt
@@ -135,7 +135,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
-    found = SiglipTower(str(tower), "cpu")
+    found = SiglipEncoder(str(tower), "cpu")
     images = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
     texts = found.texts(["red cube", "RED cube", "cube"])
     lengths = (8, 8, 4) if found.model.config.model_type == "siglip2" else (2, 2, 1)
@@ -151,7 +151,7 @@ def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
 
 def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
     """The model's own logits per picture are scale cos + bias."""
-    found = SiglipTower(str(tower), "cpu")
+    found = SiglipEncoder(str(tower), "cpu")
     image, text = torch.rand(3, 12, 12), "red cube"
     model = found.model
     tokens = found.processor.tokenizer([text], padding="max_length", max_length=10, return_tensors="pt")

@@ -26,7 +26,7 @@ from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.table import build_rewards
 
 DEFAULT_SIDE = 256
-"""Side of the pictures, in pixels, for a model that reads any size."""
+"""Side of the images, in pixels, for a model that reads any size."""
 JUDGE_OPTIONS = ("samples", "also", "n", "seed")
 ROW_KEYS = ("name", "label", "options", "judge")
 """Keys of a row of ``--also``; the others belong to training."""
@@ -105,7 +105,7 @@ def _rank_samples(options: Options) -> None:
 
 
 def _image_side(judge: Policy, model: Policy, options: Options) -> int:
-    """The picture side that both models support; raises InputError where there is none."""
+    """The image side that both models support; raises InputError where there is none."""
     sizes = {size for size in (judge.image_size, model.image_size) if size is not None}
     if len(sizes) > 1:
         raise InputError(

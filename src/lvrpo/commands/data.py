@@ -113,7 +113,7 @@ def print_overlaps(
     wordings: Sequence[str] = (),
     near_duplicates: bool = True,
 ) -> tuple[dict[str, list[Overlap]], str | None]:
-    """Prints leaks as counts, and overlaps of texts and pictures as shares, for each pair of splits.
+    """Prints leaks as counts, and overlaps of texts and images as shares, for each pair of splits.
 
     Returns the overlaps by title, and the first leak as an error.
     """
@@ -169,7 +169,7 @@ def _read_train_config(given: Sequence[str]) -> TrainConfig:
 
 
 def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
-    """Every row with decoded pictures; ``root``: another folder of the pictures."""
+    """Every row with decoded images; ``root``: another folder of the images."""
     configs = {split: JsonlConfig(test=path, root=root) for split, path in paths.items()}
     return {split: _compared(JsonlPrompts(config, "test")) for split, config in configs.items()}
 
@@ -206,7 +206,7 @@ SHOWN_ROWS = 10
 """Rows on the contact sheet."""
 SHOWN_PROBLEMS = 20
 SIDE = 128
-"""Side of a picture on the contact sheet, in pixels."""
+"""Side of an image on the contact sheet, in pixels."""
 
 
 def check(options: Options) -> None:
@@ -273,7 +273,7 @@ def _require_source(source: str) -> None:
 
 
 def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
-    """The rows by split, every picture decoded; errors of rows are added to ``problems``."""
+    """The rows by split, every image decoded; errors of rows are added to ``problems``."""
     found: dict[str, RowPrompts] = {}
     for split in ("train", "validation", "test"):
         if data.has_split(split):

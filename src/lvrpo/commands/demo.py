@@ -1,4 +1,4 @@
-"""``lvrpo demo``: draw, ask, edit and think-then-draw in the browser, with the model's own judgement of pictures."""
+"""``lvrpo demo``: draw, ask, edit and think-then-draw in the browser, with the model's own judgement of images."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Session:
         self._lock = threading.Lock()
 
     def draw(self, text: str, seed: float, guidance: float, count: float = 1, think: bool = False) -> Group:
-        """``count`` pictures of a text, after a written plan with ``think``; guidance 0: the model's own."""
+        """``count`` images of a text, after a written plan with ``think``; guidance 0: the model's own."""
         task: TaskKind = "reason" if think else "generate"
         asked = prompt(task, (text,), ("text", "image") if think else ("image",), 0)
         return self._sample(asked, seed, guidance, count)
 
     def edit(self, image: Any, instruction: str, seed: float, guidance: float) -> Group:
-        """A picture, changed. Any: an array (height, width, 3) of uint8, or None."""
+        """An image, changed. Any: an array (height, width, 3) of uint8, or None."""
         asked = prompt("edit", (self._picture(image), instruction), ("image",), 0)
         return self._sample(asked, seed, guidance, 1)
 
@@ -74,7 +74,7 @@ class Session:
         return group.trajectories[0].text or ""
 
     def judge(self, group: Group) -> list[list[list[str]]]:
-        """Per picture its rows of ``JUDGED``: the model's confidence in the answers that the prompt implies.
+        """Per image its rows of ``JUDGED``: the model's confidence in the answers that the prompt implies.
 
         The questions follow from the words by the grammar of the built-in world, else the model writes them.
         """
@@ -162,7 +162,7 @@ def _answer(
             title = Path(name).name
             with gradio.Column():
                 if draws:
-                    gradio.Markdown(f"### {title}")  # a label of the gallery would lie on a picture
+                    gradio.Markdown(f"### {title}")  # a label of the gallery would lie on an image
                     outputs.append(gradio.Gallery(show_label=False, columns=2, object_fit="contain", height="auto"))
                     outputs.append(gradio.Textbox(label="Plan", visible=label.startswith("Think")))
                     outputs.append(gradio.Dataframe(headers=["#", *JUDGED], label="Its own judgement"))

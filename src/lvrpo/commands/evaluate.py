@@ -206,7 +206,7 @@ def print_results(
 
 
 def input_side(options: Options) -> int | None:
-    """The side of the pictures that MODEL reads, where rows of a file are put to it."""
+    """The side of the images that MODEL reads, where rows of a file are put to it."""
     return stored_image_size(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
 
 

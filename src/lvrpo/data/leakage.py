@@ -1,6 +1,6 @@
 """Leakage between splits: prompts of one set that another set has too, found without the keys that made the splits.
 
-A prompt is compared by what it says and shows: its text after ``normalized``, the pixels of its pictures, their
+A prompt is compared by what it says and shows: its text after ``normalized``, the pixels of its images, their
 perceptual hashes, its word n-grams, and what it asks beyond the words, where that is known (``content``).
 Everything is linear in the number of prompts, but for perceptual hashes, compared among prompts of one text.
 """
@@ -20,7 +20,7 @@ from lvrpo.images import ImageFile, StoredImage, to_uint8
 from lvrpo.types import Image
 
 Leak = Literal["prompt", "content", "look"]
-"""Same text and same pictures; same content in other words; same text and pictures that look alike."""
+"""Same text and same images; same content in other words; same text and images that look alike."""
 
 ARTICLES = frozenset({"a", "an", "the"})
 NGRAM = 5
@@ -28,7 +28,7 @@ NGRAM = 5
 HASH_SIDE = 16
 """Side of the perceptual hash of a color channel."""
 PHASH_BITS = 16
-"""Pictures whose hashes differ in at most so many of 3 x 256 bits look alike: of pairs of different pictures of the
+"""Images whose hashes differ in at most so many of 3 x 256 bits look alike: of pairs of different images of the
 built-in world 6 in 100,000 do."""
 
 _HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
@@ -37,7 +37,7 @@ _TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?!\w)|\w+|[^\w\s.,;:!?…'\"“”‘’«
 
 @dataclass(frozen=True, slots=True)
 class ComparedImage:
-    """The properties of a picture that are compared."""
+    """The properties of an image that are compared."""
 
     digest: str
     """Hash of its pixels, or of its file."""
@@ -75,15 +75,15 @@ class Overlap:
     task: str
     prompts: int = 0
     verbatim: int = 0
-    """Text that occurs there letter for letter, whatever the pictures."""
+    """Text that occurs there letter for letter, whatever the images."""
     normalized: int = 0
     """The same after ``normalized``."""
     picture: int = 0
-    """All its pictures occur there, whatever the text."""
+    """All its images occur there, whatever the text."""
     same: int = 0
-    """Text (normalized) and pictures: the same prompt."""
+    """Text (normalized) and images: the same prompt."""
     look: int = 0
-    """The same text of pictures that look alike, the same ones included."""
+    """The same text of images that look alike, the same ones included."""
     content: int = 0
     """The same content, in whichever words."""
     some_ngrams: int = 0
@@ -136,7 +136,7 @@ def operands(text: str) -> str:
 
 
 def compared_file(file: ImageFile) -> ComparedImage:
-    """A picture by the bytes of its file, undecoded."""
+    """An image by the bytes of its file, undecoded."""
     if isinstance(file, StoredImage):
         return ComparedImage(hashlib.sha256(file.content).hexdigest())
     with file.open("rb") as opened:
@@ -144,7 +144,7 @@ def compared_file(file: ImageFile) -> ComparedImage:
 
 
 def compared_pixels(image: Image, phash: bool = True) -> ComparedImage:
-    """A picture by its pixels in 8 bits and, unless ``phash`` is false, by its perceptual hash."""
+    """An image by its pixels in 8 bits and, unless ``phash`` is false, by its perceptual hash."""
     pixels = to_uint8(image)
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
     return ComparedImage(digest, perceptual_hash(pixels) if phash else b"")
@@ -207,7 +207,7 @@ class Index:
             self._phashes.setdefault((said, len(phash)), {}).setdefault(phash, prompt.where)
 
     def same(self, prompt: ComparedPrompt) -> str | None:
-        """Locations of the same prompt: equal text and pictures."""
+        """Locations of the same prompt: equal text and images."""
         return self._prompts.get((self.text_key(prompt), *(picture.digest for picture in prompt.pictures)))
 
     def content(self, prompt: ComparedPrompt) -> str | None:
@@ -215,7 +215,7 @@ class Index:
         return self._contents.get(prompt.content) if prompt.content else None
 
     def near_duplicate(self, prompt: ComparedPrompt) -> str | None:
-        """Locations of the same text with similar pictures."""
+        """Locations of the same text with similar images."""
         phash = b"".join(picture.phash for picture in prompt.pictures)
         others = self._phashes.get((self.text_key(prompt), len(phash))) if phash else None
         if not others:
@@ -256,12 +256,12 @@ class Index:
 
 
 def leaks(overlaps: Iterable[Overlap], near_duplicates: bool = True) -> list[Shared]:
-    """The shared prompts of all tasks; ``near_duplicates``: whether pictures that only look alike count."""
+    """The shared prompts of all tasks; ``near_duplicates``: whether images that only look alike count."""
     return [shared for overlap in overlaps for shared in overlap.shared if near_duplicates or shared.leak != "look"]
 
 
 def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
-    """The prompts of a set that ask what an earlier one of their task asks, of the same pictures."""
+    """The prompts of a set that ask what an earlier one of their task asks, of the same images."""
     found: list[Shared] = []
     known: dict[tuple[str, ...], str] = {}
     for each in prompts:
@@ -275,7 +275,7 @@ def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
 def compared_rows(
     rows: Iterable[tuple[str, str, str, tuple[ImageFile, ...]]], picture: Callable[[ImageFile], ComparedImage]
 ) -> Iterable[ComparedPrompt]:
-    """(where, task, text, picture files) of rows as prompts to compare; each file is looked at once."""
+    """(where, task, text, image files) of rows as prompts to compare; each file is looked at once."""
     known: dict[str, ComparedImage] = {}
     for where, task, text, files in rows:
         for file in files:

@@ -28,7 +28,7 @@ def rank_rewards(
 
     ``scorers``: scores (N, G) by name, including ``SUCCESS``. ``verifiers``: rewards that grade by ground truth; the
     first that was scored is used, and ``SUCCESS`` where it does not apply. ``category`` and ``step``: (N,).
-    ``clusters``: resampling units of the bootstrap, such as the picture of a prompt.
+    ``clusters``: resampling units of the bootstrap, such as the image of a prompt.
     """
     rewards = {name: scores for name, scores in scorers.items() if name != SUCCESS}
     if SUCCESS not in scorers:

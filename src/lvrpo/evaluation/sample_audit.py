@@ -46,7 +46,7 @@ def sample_groups(
 ) -> dict[TaskKind, list[Group]]:
     """Samples groups of ``GROUP_SIZE`` on ``per_category`` prompts of every category; deterministic.
 
-    ``size``: side of the pictures in pixels. Sampling parameters are the policy's defaults, text at temperature 1.
+    ``size``: side of the images in pixels. Sampling parameters are the policy's defaults, text at temperature 1.
     """
     source = ScenePrompts(ScenesConfig(size=size), "validation", seed)
     found: dict[TaskKind, list[Group]] = {}

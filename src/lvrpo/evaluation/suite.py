@@ -152,8 +152,8 @@ def find_benchmarks(
 ) -> list[Benchmark]:
     """Benchmarks by name; ``scenes`` is all of the built-in world, a name that ends in .jsonl is a file of rows.
 
-    For files: ``scorer`` scores rows without a verifiable answer, ``side`` is the side of the model's input pictures in
-    pixels, ``root`` another folder of pictures. ``inputs``: data and judges of the published benchmarks.
+    For files: ``scorer`` scores rows without a verifiable answer, ``side`` is the side of the model's input images in
+    pixels, ``root`` another folder of images. ``inputs``: data and judges of the published benchmarks.
     """
     found: list[Benchmark] = []
     for name in names:
@@ -311,7 +311,7 @@ def _benchmark_items(
     folder = None if store is None else _open_folder(store, benchmark.name, own)
     divided = folder is not None and world_size() > 1
     at_once = CHUNK if folder is None else STORED_CHUNK
-    # a few prompts at a time: all samples of large pictures do not fit into memory
+    # a few prompts at a time: all samples of large images do not fit into memory
     jobs: dict[tuple[TaskKind, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
@@ -485,7 +485,7 @@ def form_of(prompt: Prompt) -> str:
 
 
 def cluster_of(prompt: Prompt) -> str:
-    """The unit of the bootstrap: a hash of the prompt's pictures, else its content, else its id."""
+    """The unit of the bootstrap: a hash of the prompt's images, else its content, else its id."""
     digest = hashlib.blake2b(digest_size=8)
     for picture in prompt.images:
         digest.update(picture.numpy().tobytes())

@@ -1,9 +1,9 @@
 """An image tokenizer without a network: a token is the nearest of K tiles, found by k-means (vector quantization).
 
-Of pictures that are made of tiles, as those of the built-in world, it loses less than a small convolutional
+Of images that are made of tiles, as those of the built-in world, it loses less than a small convolutional
 autoencoder, is learned in seconds, and costs nothing beside the transformer.
 
-Letters: B pictures, N tiles of a picture in raster order, K codes, p pixels along a side of a tile.
+Letters: B images, N tiles of an image in raster order, K codes, p pixels along a side of a tile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS = 15
 
 
 class TileCodebook(nn.Module):
-    """Codes of pictures by the nearest tile, and pictures of codes; never trained by gradients."""
+    """Codes of images by the nearest tile, and images of codes; never trained by gradients."""
 
     def __init__(self, tiles: torch.Tensor) -> None:
         """``tiles``: float32 (K, 3, p, p) in [0, 1]."""
@@ -41,12 +41,12 @@ class TileCodebook(nn.Module):
         return self.tiles.shape[-1]
 
     def encode(self, pictures: Sequence[Image]) -> torch.Tensor:
-        """Codes int64 (B, N) of pictures of one size, whose sides are multiples of p, on the CPU."""
+        """Codes int64 (B, N) of images of one size, whose sides are multiples of p, on the CPU."""
         cut = _cut(torch.stack(list(pictures)).to(self.tiles), self.patch_size)
         return self._nearest(cut.flatten(0, 1)).unflatten(0, cut.shape[:2]).cpu()
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Square pictures (B, 3, H, W) in [0, 1] of codes (B, N), on the CPU."""
+        """Square images (B, 3, H, W) in [0, 1] of codes (B, N), on the CPU."""
         side = round(codes.shape[1] ** 0.5)
         tiles = self.tiles[codes.to(self.tiles.device)].unflatten(1, (side, side))  # (B, h, w, 3, p, p)
         return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).cpu()
@@ -64,7 +64,7 @@ class TileCodebook(nn.Module):
 
     @classmethod
     def learn(cls, pictures: Sequence[Image], codes: int, patch_size: int) -> Self:
-        """K-means of the tiles of pictures of one size; it begins at the most frequent ones, in ties at random ones.
+        """K-means of the tiles of images of one size; it begins at the most frequent ones, in ties at random ones.
 
         Raises InputError where they have fewer than ``codes`` different tiles.
         """

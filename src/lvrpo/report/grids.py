@@ -21,7 +21,7 @@ GAP, EDGE, MARGIN = 10, 3, 16
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with a caption under it."""
+    """An image with a caption under it."""
 
     picture: torch.Tensor | Image.Image | None
     """float (3, H, W) in [0, 1], or a PIL image; None leaves an empty place."""
@@ -33,9 +33,9 @@ class Tile:
 def image_grid(
     rows: Sequence[tuple[str, Sequence[Tile]]], *, tile_size: int = 96, font_size: int = 12, caption_lines: int = 2
 ) -> Image.Image:
-    """Rows of (title, tiles) as one RGB picture; small pictures are enlarged to whole pixels with hard edges.
+    """Rows of (title, tiles) as one RGB image; small images are enlarged to whole pixels with hard edges.
 
-    A title is written above its row, a caption under its picture; both wrap, and a caption ends in dots after
+    A title is written above its row, a caption under its image; both wrap, and a caption ends in dots after
     ``caption_lines`` lines.
     """
     font = _font(font_size)
@@ -125,11 +125,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 # --- contact sheets ---
 
 PER_ROW = 8
-"""Pictures in a row, an edit with two."""
+"""Images in a row, an edit with two."""
 
 
 def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[Example]]], side: int) -> PilImage.Image:
-    """Rows of the examples of a task and category; pictures ``side`` pixels wide and high."""
+    """Rows of the examples of a task and category; images ``side`` pixels wide and high."""
     rows: list[tuple[str, list[Tile]]] = [(title, [])]
     for task, category, found in examples:
         tiles = [tile for example in found for tile in _tiles(example)]
@@ -139,7 +139,7 @@ def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[E
 
 
 def _tiles(example: Example) -> list[Tile]:
-    """The picture of the prompt and the one to make, the texts under the first."""
+    """The image of the prompt and the one to make, the texts under the first."""
     prompt = example.prompt
     made = [part for part in example.outputs if not isinstance(part, str)]
     answer = next((part for part in example.outputs if isinstance(part, str)), prompt.answer)

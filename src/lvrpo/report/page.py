@@ -170,7 +170,7 @@ def _notes(notes: object) -> list[str]:
 
 
 def _selected_grids(run: RunRecord, store: ImageStore) -> list[tuple[int, EmbeddedImage]]:
-    """The first, the middle and the last picture of sampled groups."""
+    """The first, the middle and the last image of sampled groups."""
     last = len(run.grids) - 1
     chosen = dict.fromkeys((0, last // 2, last)) if run.grids else {}
     read = [(step, store.picture(path.resolve(), GRID_SIDE)) for step, path in (run.grids[i] for i in chosen)]

@@ -24,7 +24,7 @@ from lvrpo.types import Image, Parts
 
 OWN = "own"
 """The ``source`` that is the policy's own frozen reading side."""
-TOWERS = ("siglip", "siglip2")
+SIGLIP_TYPES = ("siglip", "siglip2")
 """Fixed sizes (SigLIP, SigLIP 2) and any size (SigLIP 2 NaFlex)."""
 AT_ONCE = 32
 READ_AT_ONCE = 16
@@ -47,7 +47,7 @@ class Embedded:
     """float32 (N, D): of its patches or words."""
 
 
-class SiglipTower:
+class SiglipEncoder:
     """A SigLIP or SigLIP 2 (arXiv:2502.14786) in a local folder.
 
     Patches and words are put into the common space one by one, through the head that pools them all: of one patch,
@@ -56,7 +56,7 @@ class SiglipTower:
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = _check_tower(folder)
+        path = _check_siglip(folder)
         self.device = torch.device(find_device(device))
         self.model = load_pretrained(path, "AutoModel").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
@@ -184,12 +184,12 @@ class ExternalVLM:
         return inputs, len(answer)
 
 
-def _check_tower(folder: str) -> Path:
+def _check_siglip(folder: str) -> Path:
     """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
     path = _folder(folder)
     kind = _config(path).get("model_type")
-    if kind not in TOWERS:
-        raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(TOWERS)}")
+    if kind not in SIGLIP_TYPES:
+        raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(SIGLIP_TYPES)}")
     transformers_library("source: a folder")
     return path
 
@@ -227,7 +227,7 @@ def _own_or(check: Callable[[str], Path]) -> AfterValidator:
     return AfterValidator(valid)
 
 
-TowerSource = Annotated[str, _own_or(_check_tower)]
+SiglipSource = Annotated[str, _own_or(_check_siglip)]
 """``OWN``, or a local folder of a SigLIP."""
 ReaderSource = Annotated[str, _own_or(_check_reader)]
 """``OWN``, or a local folder of a model that reads pictures and writes."""

@@ -34,8 +34,8 @@ from lvrpo.rewards.external import (
     Embedded,
     ExternalVLM,
     ReaderSource,
-    SiglipTower,
-    TowerSource,
+    SiglipEncoder,
+    SiglipSource,
     folder_fingerprint,
 )
 from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
@@ -69,7 +69,7 @@ class Semantic(Config):
     """dense: of each word with its most similar patches; global: of the mean states of text and picture."""
     top: int = Field(default=4, ge=1, le=100_000)
     """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
-    source: TowerSource = OWN
+    source: SiglipSource = OWN
     """"own": the frozen reading side of the policy, no encoder being added: states of picture and text, each read
     alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
     choice (``pip install 'lvrpo[external]'``)."""
@@ -90,9 +90,9 @@ class Semantic(Config):
         return "" if self.source == OWN else folder_fingerprint(Path(self.source))
 
     @cached_property
-    def _tower(self) -> SiglipTower | None:
+    def _encoder(self) -> SiglipEncoder | None:
         """None: the judge embeds. Loaded when it is first asked."""
-        return None if self.source == OWN else SiglipTower(self.source, self.device)
+        return None if self.source == OWN else SiglipEncoder(self.source, self.device)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
@@ -110,11 +110,11 @@ class Semantic(Config):
         if not pictures:
             return Scores.of(groups, {}, failures)
         texts = [self._text(group.prompt) for group in groups]
-        if self._tower is None:
+        if self._encoder is None:
             states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures.values()], judge)]
             of_text, of_picture = states[: len(texts)], states[len(texts) :]
         else:
-            of_text, of_picture = self._tower.texts(texts), self._tower.images(list(pictures.values()))
+            of_text, of_picture = self._encoder.texts(texts), self._encoder.images(list(pictures.values()))
         of_cell = zip(pictures, of_picture, strict=True)
         return Scores.of(groups, {(p, g): self.similarity(of_text[p], each) for (p, g), each in of_cell}, failures)
 

@@ -143,7 +143,7 @@ def portable(group: Group) -> Group:
 
 
 def _portable_prompt(prompt: Prompt) -> Prompt:
-    """A copy of a prompt with copies of its pictures."""
+    """A copy of a prompt with copies of its images."""
     parts = tuple(part if isinstance(part, str) else part.detach().cpu().clone() for part in prompt.parts)
     return replace(prompt, parts=parts, edited=None if prompt.edited is None else prompt.edited.cpu().clone())
 

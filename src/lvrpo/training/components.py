@@ -262,7 +262,7 @@ def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
 
 
 def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task, validator: Validator) -> None:
-    """Raises InputError for prompts that ask for a picture, or for one after a text, if the policy cannot draw it."""
+    """Raises InputError for prompts that ask for an image, or for one after a text, if the policy cannot draw it."""
     draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
     asked = "a drawing after a text" if draws else "a picture"
     why = f"policy={config.policy} {'draws after a prompt alone' if draws else READS_ONLY}"
@@ -276,7 +276,7 @@ def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task
 
 
 def require_text_rewards(config: TrainConfig, rewards: Sequence[ConfiguredReward]) -> None:
-    """Raises InputError for rewards that score pictures alone, for a policy that does not draw."""
+    """Raises InputError for rewards that score images alone, for a policy that does not draw."""
     why = f"policy={config.policy} {READS_ONLY}"
     for reward in rewards:
         if "text" not in reward.judges:
