@@ -112,8 +112,8 @@ def _phases(run: RunRecord) -> list[tuple[str, dict[str, Sample]]]:
     between = [(name, dict(samples)) for name, samples in run.phases if name not in ("before", "after")]
     between = [(name, samples) for name, samples in between if known & set(samples)]
     middle = between[(len(between) - 1) // 2 : (len(between) - 1) // 2 + 1] if between else []
-    ends = [("before", dict(run.samples("before")))], [("after", dict(run.samples("after")))]
-    return [*ends[0], *middle, *(ends[1] if run.samples("after") else [])]
+    after = dict(run.samples("after"))
+    return [("before", dict(run.samples("before"))), *middle, *([("after", after)] if after else [])]
 
 
 def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: ImageStore) -> SampleView:

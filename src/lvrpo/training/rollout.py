@@ -301,7 +301,7 @@ def rollout(
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == has_image]
         if indices:
             args = [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]
-            with _early_scores(rewards, *args) as submit:
+            with _async_scores(rewards, *args) as submit:
                 with policies.use(name) as policy:
                     if engine is not None:
                         engine.sync_weights(policy)
@@ -314,7 +314,7 @@ def rollout(
 
 
 @contextmanager
-def _early_scores(
+def _async_scores(
     rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
 ) -> Iterator[Callable[[Sequence[Group]], None]]:
     """Inside, rewards that wait are given each group that a policy announces; ``submit`` gives them all others."""

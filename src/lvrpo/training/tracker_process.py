@@ -82,13 +82,36 @@ class TensorBoardTracker:
         self.writer.close()
 
 
-class WandbTracker:
+class _LogTracker:
+    """A tracker with the calls of Weights & Biases: ``log``, ``Image``, ``Table``. Any: a package, a function, cells."""
+
+    def __init__(
+        self, library: Any, log: Any, finish: Callable[[], object], cell: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """``cell``: what a table holds of a value."""
+        self.library, self.log, self.cell, self._finish = library, log, cell, finish
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        self.log({name: self.library.Image(str(file))}, step=step)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        data = [[self.cell(value) for value in row] for row in rows]
+        self.log({name: self.library.Table(columns=list(columns), data=data)}, step=step)
+
+    def finish(self) -> None:
+        self._finish()
+
+
+class WandbTracker(_LogTracker):
     """Weights & Biases."""
 
     def __init__(self, config: WandbConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
-        self.library = importlib.import_module("wandb")
-        quiet = self.library.Settings(console="off", silent=True)
-        self.run = self.library.init(
+        library = importlib.import_module("wandb")
+        quiet = library.Settings(console="off", silent=True)
+        started = library.init(
             project=config.project,
             entity=config.entity,
             mode=config.mode,
@@ -99,43 +122,19 @@ class WandbTracker:
             config=dict(settings),
             settings=quiet,
         )
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def image(self, step: int, name: str, file: Path) -> None:
-        self.run.log({name: self.library.Image(str(file))}, step=step)
-
-    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        table = self.library.Table(columns=list(columns), data=[[_cell(cell) for cell in row] for row in rows])
-        self.run.log({name: table}, step=step)
-
-    def finish(self) -> None:
-        self.run.finish()
+        super().__init__(library, started.log, started.finish, _cell)
 
 
-class TrackioTracker:
+class TrackioTracker(_LogTracker):
     """trackio."""
 
     def __init__(self, config: TrackioConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
-        self.library = importlib.import_module("trackio")
+        library = importlib.import_module("trackio")
         name = state.setdefault("id", f"{run.name}-{os.urandom(3).hex()}")
         # a Space that does not exist is created, by default for everybody to read
         where = {} if config.space_id is None else {"space_id": config.space_id, "private": True}
-        self.library.init(project=config.project, name=name, config=dict(settings), resume="allow", **where)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self.library.log(dict(values), step=step)
-
-    def image(self, step: int, name: str, file: Path) -> None:
-        self.library.log({name: self.library.Image(str(file))}, step=step)
-
-    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        table = self.library.Table(columns=list(columns), data=[list(row) for row in rows])
-        self.library.log({name: table}, step=step)
-
-    def finish(self) -> None:
-        self.library.finish()
+        library.init(project=config.project, name=name, config=dict(settings), resume="allow", **where)
+        super().__init__(library, library.log, library.finish)
 
 
 class MlflowTracker:

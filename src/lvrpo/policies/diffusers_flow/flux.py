@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
@@ -31,14 +31,8 @@ class Flux(FlowPipeline):
         return {"embeds": embeds[0], "pooled": pooled[0]}
 
     def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
+        self, transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, grid: Grid, scale: float | None
+    ) -> Tensor:
         source, N = condition.get("source"), x_t.shape[1]
         places = _places(1 if source is None else 2, grid, x_t)
         if source is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.weak import TensorWeakRef
 
@@ -99,14 +99,8 @@ class FlowPipeline(ABC):
 
     @abstractmethod
     def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
+        self, transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, grid: Grid, scale: float | None
+    ) -> Tensor:
         """Velocity (B, N, C) at states (B, N, C) and times (B,), unguided; ``condition`` has B rows.
 
         ``scale``: of embedded guidance.

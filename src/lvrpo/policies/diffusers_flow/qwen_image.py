@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
@@ -56,14 +56,8 @@ class QwenImage(FlowPipeline):
         return {"embeds": self.pipe.encode_prompt(text, device, max_sequence_length=512)[0][0]}
 
     def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
+        self, transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, grid: Grid, scale: float | None
+    ) -> Tensor:
         source, N = condition.get("source"), x_t.shape[1]
         images = 1 if source is None else 2
         return transformer(

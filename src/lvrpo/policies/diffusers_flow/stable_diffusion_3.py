@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
@@ -55,14 +54,8 @@ class StableDiffusion3(FlowPipeline):
         return {"embeds": embeds[0], "pooled": pooled[0]}
 
     def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
+        self, transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, grid: Grid, scale: float | None
+    ) -> Tensor:
         v = transformer(
             hidden_states=unpack(x_t, grid, self.patch),
             timestep=1000 * t,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid, pack, unpack
@@ -38,14 +38,8 @@ class ZImage(FlowPipeline):
         return {"embeds": embeds}
 
     def velocity(
-        self,
-        transformer: nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        grid: Grid,
-        scale: float | None,
-    ) -> torch.Tensor:
+        self, transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, grid: Grid, scale: float | None
+    ) -> Tensor:
         """The transformer takes 1 - t, and its output points from noise to data."""
         embeds, mask = condition["embeds"], condition.get("mask")
         texts = list(embeds) if mask is None else [row[kept] for row, kept in zip(embeds, mask, strict=True)]
