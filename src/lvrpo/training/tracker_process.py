@@ -83,7 +83,7 @@ class TensorBoardTracker:
 
 
 class _LogTracker:
-    """A tracker with the calls of Weights & Biases: ``log``, ``Image``, ``Table``. Any: a package, a function, cells."""
+    """A tracker with the calls of Weights & Biases: ``log``, ``Image``, ``Table``. Any: a package, functions, cells."""
 
     def __init__(
         self, library: Any, log: Any, finish: Callable[[], object], cell: Callable[[Any], Any] = lambda value: value
