@@ -22,7 +22,7 @@ from lvrpo.data.leakage import ComparedPrompt, Index, Overlap, Shared, compared_
 from lvrpo.data.rows import RowPrompts
 from lvrpo.data.scenes import VOCABULARY, ScenePrompts, ScenesConfig, Split, web_corpus
 from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, compared_examples, compared_prompts
-from lvrpo.data.tables import DatasetConfig, DatasetPrompts
+from lvrpo.data.tables import DatasetConfig
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.suite import find_benchmarks
@@ -33,6 +33,7 @@ from lvrpo.report.formatting import share
 from lvrpo.report.grids import PER_ROW, contact_sheet
 from lvrpo.report.tables import Cell, TextTable
 from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
+from lvrpo.training.leakage import opened_rows
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.types import Example, TaskKind
 
@@ -216,7 +217,7 @@ def check(options: Options) -> None:
     require_png(file)
     refuse_existing([file], options.force)
     problems: list[str] = []
-    splits = opened(_read_data(options.source, options.overrides), problems)
+    splits = opened_rows(_read_data(options.source, options.overrides), problems=problems)
     console = wide_console()
     console.print(text_table(_counts_table(splits)))
     for problem in problems[:SHOWN_PROBLEMS]:
@@ -272,21 +273,7 @@ def _require_source(source: str) -> None:
     raise InputError(f"{source}: no such file or folder: {remedy}")
 
 
-def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
-    """The rows by split, every image decoded; errors of rows are added to ``problems``."""
-    found: dict[str, RowPrompts] = {}
-    for split in ("train", "validation", "test"):
-        if data.has_split(split):
-            if data.source == "jsonl":
-                pixels = data.jsonl.model_copy(update={"check": "pixels"})
-                found[split] = JsonlPrompts(pixels, split, problems=problems)
-            else:
-                sets = [each.model_copy(update={"check": "pixels"}) for each in data.datasets]
-                found[split] = DatasetPrompts(sets, split, problems=problems)
-    return found
-
-
-def _counts_table(splits: Mapping[str, RowPrompts]) -> TextTable:
+def _counts_table(splits: Mapping[Split, RowPrompts]) -> TextTable:
     """Rows by split and task, and how many have what rewards and success need."""
     heads = ("split", "task", "rows", "with answer", "with facts", "with target", "categories")
     rows = []

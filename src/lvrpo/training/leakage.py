@@ -14,7 +14,7 @@ from lvrpo.data.rows import RowPrompts
 from lvrpo.data.tables import DatasetPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training.components import open_source
-from lvrpo.training.config import ROW_SOURCES, TrainConfig
+from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, RunDirectory
 from lvrpo.types import Prompt, Split
@@ -50,20 +50,26 @@ def require_disjoint_splits(config: TrainConfig, opened: Mapping[Split, RowPromp
     validation and test share a row.
     """
     if config.data.source in ROW_SOURCES:
-        return _compare_rows(config, opened_rows(config) if opened is None else opened)
+        return _compare_rows(config, opened_rows(config.data) if opened is None else opened)
     source = open_source(config, "train", config.seed) if config.data.source in DATASETS else None
     return _compare_source(config, source) if isinstance(source, ComparableTask) else {"compared": False}
 
 
 def opened_rows(
-    config: TrainConfig, splits: Sequence[Split] = ("train", "validation", "test")
+    data: DataConfig, splits: Sequence[Split] = ("train", "validation", "test"), problems: list[str] | None = None
 ) -> dict[Split, RowPrompts]:
-    """The rows of the user by split, those that are named."""
-    data, found = config.data, dict[Split, RowPrompts]()
-    for split in splits:
-        if data.has_split(split):
-            jsonl = data.source == "jsonl"
-            found[split] = JsonlPrompts(data.jsonl, split) if jsonl else DatasetPrompts(data.datasets, split)
+    """The rows of the user by split, those that are named.
+
+    ``problems``: errors of rows are added here instead of raised, and every image is decoded.
+    """
+    pixels = {} if problems is None else {"check": "pixels"}
+    jsonl, sets = data.jsonl.model_copy(update=pixels), [each.model_copy(update=pixels) for each in data.datasets]
+    found: dict[Split, RowPrompts] = {}
+    for split in filter(data.has_split, splits):
+        if data.source == "jsonl":
+            found[split] = JsonlPrompts(jsonl, split, problems=problems)
+        else:
+            found[split] = DatasetPrompts(sets, split, problems=problems)
     return found
 
 
@@ -119,7 +125,7 @@ def require_unseen(benchmarks: Sequence[str], config: TrainConfig, run: str = "t
             path: Path | None = getattr(config.data.jsonl, split)  # the splits are fields of JsonlConfig
             seen = [] if path is None or not path.is_file() else rows(path, config.data.jsonl)
         else:
-            seen = [row for source in opened_rows(config, (split,)).values() for row in compared(source)]
+            seen = [row for source in opened_rows(config.data, (split,)).values() for row in compared(source)]
         index = Index(seen)
         for file in files:
             remedy = f"{run} {use} it: name a file of rows that it has not seen"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ class StoredTensor:
         stored = DTYPES[self.dtype]
         step = CHUNK_BYTES // stored.itemsize
         buffer = bytearray(min(step, self.count) * stored.itemsize)
-        with _opened(self.path) as file:
+        with open_regular(self.path, "copy it too", None) as file:
             file.seek(self.start)
             for first in range(0, self.count, step):
                 count = min(step, self.count - first)
@@ -64,7 +62,7 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; raises InputError for one that is cut off, no safetensors, or of other dtypes."""
     size = path.stat().st_size if path.is_file() else 0
-    with _opened(path) as file:
+    with open_regular(path, "copy it too", None) as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= MAX_HEADER_BYTES:
@@ -128,12 +126,6 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     for shard in shards:
         found.update(read_header(folder / shard))
     return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
-    with open_regular(path, "copy it too", None) as file:
-        yield file
 
 
 _LAYER: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""What pipelines of diffusers have in common: prompts, latents and timesteps. Each has a file of its own.
+"""The base of pipelines of diffusers: prompts, latents and timesteps. Each pipeline has a file of its own.
 
 Letters: B rows, L tokens of a prompt, N patches of an image, C = channels * patch^2 numbers of a patch.
 """
