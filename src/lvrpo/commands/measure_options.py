@@ -197,10 +197,6 @@ EVALUATE = Command(
 )
 
 
-def report_options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-
-
 def watch_options(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run directory, or a folder of several")
     parser.add_argument(
@@ -221,7 +217,7 @@ def compare_options(parser: Parser) -> None:
 
 REPORT = Command(
     "write the HTML report of a run",
-    report_options,
+    lambda parser: parser.add_argument("run", metavar="RUN", type=Path, help="a run directory"),
     "lvrpo.commands.report:report",
     "examples:\n  lvrpo report runs/quickstart",
 )

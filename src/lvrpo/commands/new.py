@@ -100,10 +100,6 @@ NEW_REWARD = Command(
 """``lvrpo new reward``."""
 
 
-def _completion_options(parser: Parser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
-
-
 def completion(options: Options) -> None:
     from lvrpo.commands import COMMANDS
     from lvrpo.registry import resolve
@@ -136,7 +132,9 @@ class _Completed(Parser):
 
 COMPLETION = Command(
     "print a completion script for your shell",
-    _completion_options,
+    lambda parser: parser.add_argument(
+        "shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh"
+    ),
     "lvrpo.commands.new:completion",
     'examples:\n  eval "$(lvrpo completion bash)"',
 )

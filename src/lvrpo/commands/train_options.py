@@ -35,10 +35,6 @@ def train_options(parser: Parser) -> None:
     add_base(parser)
 
 
-def _pretrain_options(parser: Parser) -> None:
-    _run_options(parser, "lvrpo.training.pretrain:PretrainConfig")
-
-
 def _run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
     add_config(parser, cls)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
@@ -76,7 +72,7 @@ TRAIN = Command(
 )
 PRETRAIN = Command(
     "train a policy with supervised losses",
-    _pretrain_options,
+    lambda parser: _run_options(parser, "lvrpo.training.pretrain:PretrainConfig"),
     "lvrpo.commands.train:pretrain",
     "examples:\n"
     "  lvrpo pretrain pretrain name=my-base steps=2000    # how the tiny base was made\n"
