@@ -5,7 +5,7 @@
 The policy is a small BAGEL that draws four groups of eight pictures of 64 px (16 tokens) in ten guided steps, one group
 after another. The judge is a server in another process that answers each request after a while, eight at once. Steps of
 one run take turns. Printed are medians of wall-clock seconds a step and of the ratios of neighbors; a ratio above 1 is
-for early scores, which have the same numbers (tests/rewards/test_early.py).
+for early scores, which have the same numbers (tests/rewards/test_async_scoring.py).
 """
 
 from __future__ import annotations
