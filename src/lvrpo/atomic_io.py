@@ -1,6 +1,6 @@
 """Atomic file writes (temporary name, fsync, rename) with the permissions of the umask, and safetensors files.
 
-All safetensors files are read here, except by ``policies.bagel.checkpoint``, which calls ``require_weights`` itself.
+All safetensors files are read here, except by ``policies.safetensors_reader``, which calls ``require_weights`` itself.
 """
 
 from __future__ import annotations

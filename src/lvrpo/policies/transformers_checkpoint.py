@@ -11,7 +11,7 @@ import torch
 
 from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.checkpoint import find_tensors
+from lvrpo.policies.safetensors_reader import find_tensors
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 

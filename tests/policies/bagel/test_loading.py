@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel import checkpoint as checkpoint_module
+from lvrpo.policies import safetensors_reader
 from lvrpo.policies.bagel import policy as policy_module
 from lvrpo.policies.bagel.checkpoint import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
@@ -65,7 +65,7 @@ def test_groups_of_parameters(small: BagelPolicy) -> None:
 
 
 def test_weights_arrive_in_pieces_of_any_size(saved: Path, small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(safetensors_reader, "CHUNK_BYTES", 1000)
     assert same(BagelPolicy.load(saved), small)
 
 
@@ -388,6 +388,6 @@ def test_too_little_memory_is_said_before_the_load(saved: Path, monkeypatch: pyt
         available = 100_000
 
     monkeypatch.setattr(policy_module.psutil, "virtual_memory", lambda: Memory)
-    monkeypatch.setattr(checkpoint_module.StoredTensor, "read", lambda *_: pytest.fail("read before the estimate"))
+    monkeypatch.setattr(safetensors_reader.StoredTensor, "read", lambda *_: pytest.fail("read before the estimate"))
     with pytest.raises(InputError, match=r"the weights need 0\.0 GiB on cpu, 0\.0 GiB are free: load in bfloat16"):
         BagelPolicy.load(saved)

@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, field_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.checkpoint import EMBED_TOKENS, LM_HEAD, StoredTensor
+from lvrpo.policies.bagel.checkpoint import EMBED_TOKENS, LM_HEAD
 from lvrpo.policies.bagel.encoders import ResizeRule, VaeConfig, VitConfig
 from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.policies.safetensors_reader import StoredTensor
 from lvrpo.reading import read_json
 
 SECTION = "lvrpo"

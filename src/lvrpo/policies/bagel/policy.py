@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.checkpoint import VAE, StoredTensor, find_tensors, official_name
+from lvrpo.policies.bagel.checkpoint import VAE, official_name
 from lvrpo.policies.bagel.config import (
     WHOLE,
     BagelConfig,
@@ -35,6 +35,7 @@ from lvrpo.policies.mot.likelihood import FeatureLoss
 from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Piece, Row, row_tokens, split_by_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, with_autocast
 from lvrpo.policies.mot.transformer import MoT
+from lvrpo.policies.safetensors_reader import StoredTensor, find_tensors
 from lvrpo.sampling import flow_time
 from lvrpo.types import Example, Group, Image, Part, Prompt, TaskKind
 

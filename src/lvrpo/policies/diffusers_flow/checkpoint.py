@@ -17,9 +17,9 @@ from torch import nn
 
 from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
 from lvrpo.errors import InputError, optional_package
-from lvrpo.policies.bagel.checkpoint import find_tensors
 from lvrpo.policies.diffusers_flow import INDEX, PIPELINES, require_supported
 from lvrpo.policies.diffusers_flow.pipelines import TRAINED, FlowPipeline
+from lvrpo.policies.safetensors_reader import find_tensors
 from lvrpo.policies.transformers_checkpoint import line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object

@@ -11,9 +11,9 @@ import torch
 from lvrpo.atomic_io import read_tensors, require_finite, require_weights, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.checkpoint import find_tensors
 from lvrpo.policies.loading import cached_folder
 from lvrpo.policies.magvit.autoencoder import Magvit, MagvitConfig
+from lvrpo.policies.safetensors_reader import find_tensors
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
