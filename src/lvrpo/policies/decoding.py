@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from lvrpo.sampling import guide_logits, sample_tokens
+from lvrpo.types import TextSegment
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """Ids (R,) to what the model is fed per row."""
@@ -210,6 +211,15 @@ def generate_text(
     return texts
 
 
+def text_segment(
+    ids: Sequence[int], end_ids: Collection[int], temperature: float, decode: Callable[[Sequence[int]], str]
+) -> TextSegment:
+    """A sampled text, with log-probs of 0; ``decode``: ids to text, the end token left out, whose outer spaces go."""
+    ended = ids[-1] in end_ids
+    text = decode(ids[:-1] if ended else ids).strip()
+    return TextSegment(torch.tensor(ids, dtype=torch.int64), torch.zeros(len(ids)), temperature, text, ended)
+
+
 def generate_image_tokens(
     decoder: Decoder,
     embed: Callable[[torch.Tensor, int], torch.Tensor],
@@ -246,8 +256,8 @@ _LAST_STEP_ALONE: ContextVar[bool] = ContextVar("last_step_alone", default=False
 
 @contextmanager
 def last_step_alone() -> Iterator[None]:
-    """Inside, of texts and image tokens only the first and the last step are computed, and tokens are any, and of flows
-    the steps that differ in memory: for estimates of it. Texts have their full length and all differ."""
+    """Inside, of texts and image tokens only the first and the last step are computed, of masked ones the first, and
+    tokens are any, and of flows the steps that differ in memory: for estimates of it. Texts have their full length."""
     token = _LAST_STEP_ALONE.set(True)
     try:
         yield

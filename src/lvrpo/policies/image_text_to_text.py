@@ -19,7 +19,7 @@ from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts, announce
-from lvrpo.policies.decoding import Decoder, generate_text
+from lvrpo.policies.decoding import Decoder, generate_text, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, require_same_pictures, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
@@ -257,9 +257,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     def make_segment(self, ids: Sequence[int], temperature: float) -> TextSegment:
         """A sampled text, with log-probs of 0."""
-        ended = ids[-1] in self.end_ids
-        text = self.chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-        return TextSegment(torch.tensor(ids, dtype=torch.int64), torch.zeros(len(ids)), temperature, text, ended)
+        decode = self.chat.tokenizer.decode
+        return text_segment(ids, self.end_ids, temperature, lambda own: decode(own, skip_special_tokens=True))
 
     def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
         """Raises InputError for a prompt that asks for a drawing or is too long."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from lvrpo.policies.base import Sampling, TokenCounts, announce
-from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows
+from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows, text_segment
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
 from lvrpo.policies.supervised import token_losses
 from lvrpo.policies.transformers_policy import (
@@ -212,10 +212,7 @@ class ImageTokenPolicy(TransformersPolicy):
         decoder, owner = self._decoder(rows)
         decoder.reserve(sampling.max_new_tokens)
         for ids in generate_text(decoder, owner, embed, head, {self.end_id}, u, sampling.temperature, self._allowed()):
-            ended = ids[-1] == self.end_id
-            text = self.decode_text(ids[:-1] if ended else ids)
-            tokens = torch.tensor(ids, dtype=torch.int64)
-            yield TextSegment(tokens, torch.zeros(len(ids)), sampling.temperature, text, ended)
+            yield text_segment(ids, {self.end_id}, sampling.temperature, self.decode_text)
 
     def _draw(
         self, rows: Sequence[Row], seeds: Sequence[int], sampling: Sampling, size: tuple[int, int]

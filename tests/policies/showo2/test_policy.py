@@ -57,7 +57,7 @@ def test_a_batch_cut_in_pieces_gives_the_same_outputs(showo2: Showo2Policy, prom
 
 def test_without_noise_the_flow_is_integrated_as_published(showo2: Showo2Policy, prompts: list[Prompt]) -> None:
     """In Show-o2's own time and sign, by the network alone; its parity is tested against the published code."""
-    from lvrpo.policies.showo2.model import place_rows, to_latents
+    from lvrpo.policies.showo2.model import to_latents
 
     ((trajectory,),) = (g.trajectories for g in showo2.sample(
         prompts[:1], replace(SAMPLING, group_size=1, sampler="ode", window=()), [7]))  # fmt: skip
@@ -74,7 +74,7 @@ def test_without_noise_the_flow_is_integrated_as_published(showo2: Showo2Policy,
     with torch.no_grad():
         for t, t_next in pairwise(points):
             images = showo2.model.embed_images(to_latents(z, (4, 4), 4), t.expand(1)).repeat(2, 1, 1)
-            placed = place_rows([showo2._embedded(ids) for ids in rows], list(images), [showo2._embedded([])] * 2)
+            placed = showo2._placed(rows, list(images), [(), ()])
             v, v_no_text = showo2.model.velocity(placed, t.expand(2)).chunk(2)
             z = z + (t_next - t) * (v_no_text + 4 * (v - v_no_text))
     torch.testing.assert_close(segment.latent, z[0], rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
 from lvrpo.policies.transformers_checkpoint import require_same_pictures
 from lvrpo.policies.transformers_library import transformers_library
+from lvrpo.policies.video_frames import decode_frames, encode_frames
 from lvrpo.types import Image
 
 WIDEST = 200
@@ -70,17 +71,10 @@ class QwenImage(FlowPipeline):
         )[0][:, :N]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = self._statistics(latents)
-        return self.pipe.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+        return decode_frames(self.pipe.vae, latents)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, std = self._statistics(pixels)
-        return (self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
-
-    def _statistics(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """Mean and standard deviation of latents (channels, 1, 1)."""
-        config = self.pipe.vae.config
-        return [like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std)]
+        return encode_frames(self.pipe.vae, pixels)
 
 
 class QwenImageEdit(QwenImage):

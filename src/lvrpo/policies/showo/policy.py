@@ -10,13 +10,13 @@ import torch
 
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.decoding import Decoder, generate_text, read_rows
+from lvrpo.policies.decoding import Decoder, generate_text, read_rows, text_segment
 from lvrpo.policies.magvit.layout import RowBatch
 from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
 from lvrpo.sampling import derive_seed, token_scores, uniform_noise
-from lvrpo.types import Segment, SegmentLogprobs, TaskKind, TextSegment
+from lvrpo.types import Segment, SegmentLogprobs, TaskKind
 
 
 class ShowoPolicy(MagvitPolicy[ShowoLayout]):
@@ -67,8 +67,7 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
                     *({self.end_id}, u.to(self.device), sampling.temperature, allowed),
                 )
             for i, ids in zip(part, found, strict=True):
-                none, text = torch.zeros(len(ids)), self.decode_text(ids)
-                out[i] = TextSegment(torch.tensor(ids), none, sampling.temperature, text, ids[-1] == self.end_id)
+                out[i] = text_segment(ids, {self.end_id}, sampling.temperature, self.decode_text)
         return [out[i] for i in range(len(contexts))]
 
     def _decoder(self, rows: RowBatch) -> Decoder:

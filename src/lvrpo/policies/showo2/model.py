@@ -241,17 +241,13 @@ class Showo2Model(nn.Module):
         """The embedding of text tokens."""
         return self.showo.model.embed_tokens
 
-    def states(self, rows: Rows, cache: Any = None, layer: int | None = None) -> torch.Tensor:
-        """Final states of the language model (B, L, D), whose keys and values a cache is filled with.
-
-        ``layer``: the states after so many layers instead. Any: a cache of an optional package.
-        """
+    def states(self, rows: Rows, layer: int | None = None) -> torch.Tensor:
+        """Final states of the language model (B, L, D); ``layer``: those after so many layers instead."""
         out = self.showo.model(
             inputs_embeds=rows.x,
             attention_mask=rows.attention,
             position_ids=rows.positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
             output_hidden_states=layer is not None,
         )
         return out.last_hidden_state if layer is None else out.hidden_states[layer]

@@ -9,26 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.images import middle_square
 from lvrpo.policies.adapter import Expert, Modules
 from lvrpo.policies.base import Sampling, TokenCounts, announce
-from lvrpo.policies.decoding import Decoder, generate_text
+from lvrpo.policies.decoding import Decoder, generate_text, read_rows, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.flow import sampling_grid
 from lvrpo.policies.flow_policy import Grid, LatentFlowPolicy
 from lvrpo.policies.latent_cache import LatentCache
-from lvrpo.policies.showo2.checkpoint import Parts, load_parts, save_parts
+from lvrpo.policies.showo2.checkpoint import TOKENS, Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, require_layer, require_room
+from lvrpo.policies.video_frames import decode_frames, encode_frames
 from lvrpo.sampling import derive_seed, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
     Group,
     Image,
-    OutputKind,
     Part,
     Prompt,
     SegmentKind,
@@ -41,9 +42,6 @@ from lvrpo.types import Parts as PromptParts
 
 SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
 USER, ASSISTANT = "\n<|im_start|>user\n", "\n<|im_start|>assistant\n"
-MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",))
-"""Those of its prompts."""
 DECODED = 4
 """Latents that go through the autoencoder at once."""
 SHIFT = 3.0
@@ -127,7 +125,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     def check_text(self, text: str) -> None:
         """Raises InputError where a text holds a marker of the model."""
-        if found := next((marker for marker in MARKERS if marker in text), None):
+        if found := next((marker for marker in TOKENS if marker in text), None):
             raise InputError(f"{text[:40]!r}: holds {found}, a marker of the model: leave it out")
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
@@ -158,7 +156,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         for part in prompt.parts:
             if isinstance(part, str):
                 self.check_text(part)
-        if prompt.output not in OUTPUTS:
+        if prompt.output not in (("text",), ("image",)):
             raise InputError(f"{named}: a Show-o2 answers or draws, not {' and '.join(prompt.output)}: ask for one")
         if prompt.output == ("image",):
             if pictures:
@@ -184,34 +182,20 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
             decoder.reserve(new)
             texts = generate_text(decoder, owner, embed, self.model.showo.lm_head, {eos}, u, sampling.temperature)
             for (prompt, member, each), ids in zip(own, texts, strict=True):
-                ended = ids[-1] == eos
-                text = self.parts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-                segment = TextSegment(torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, text, ended)
+                segment = text_segment(ids, {eos}, sampling.temperature, self.parts.tokenizer.decode)
                 found.append(Trajectory(prompt, member, (segment,), each))
             announce(found[-len(own) :])
         return found
 
     def _decoder(self, questions: Sequence[PromptParts]) -> tuple[Decoder, list[int]]:
         """Reads every different question once; which of them each is."""
-        from transformers import DynamicCache
-
         keys = [tuple(p if isinstance(p, str) else id(p) for p in parts) for parts in questions]
         distinct = dict(zip(keys, questions, strict=True))
         places = {key: i for i, key in enumerate(distinct)}
         rows = self._read_rows(list(distinct.values()))
-        cache = DynamicCache(config=self.model.config)
-        states = self.model.states(rows, cache)
-        lengths = rows.positions[:, -1:] + 1
-        mask = (torch.arange(rows.x.shape[1], device=self.device) >= rows.x.shape[1] - lengths).long()
-        decoder = Decoder(self._extend, cache, mask, rows.positions[:, -1:], states[:, -1])
+        valid = torch.arange(1 - rows.x.shape[1], 1, device=self.device) >= -rows.positions[:, -1:]
+        decoder = read_rows(self.model.showo.model, rows.x, valid.long(), rows.positions, rows.attention)
         return decoder, [places[key] for key in keys]
-
-    def _extend(self, x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """See ``decoding.Forward``. Any: a cache of an optional package."""
-        out = self.model.showo.model(
-            inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return out.last_hidden_state
 
     # --- rows ---
 
@@ -242,20 +226,27 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     def _read_rows(self, questions: Sequence[PromptParts], answers: Sequence[Sequence[int]] | None = None) -> Rows:
         """Questions, each with the tokens of its answer so far."""
         pictures = [next((p for p in parts if isinstance(p, torch.Tensor)), None) for parts in questions]
-        shown = [picture for picture in pictures if picture is not None]
-        read = iter(())
-        if shown:
-            latents = self.encode_images(shown)
-            read = iter(self.model.embed_images(latents, latents.new_ones(len(latents))))
-        before, after = [], []
-        for k, parts in enumerate(questions):
-            one, other = self._question_ids(parts)
-            before.append(self._embedded(one))
-            after.append(self._embedded([*other, *(answers[k] if answers is not None else ())]))
-        return place_rows(before, [None if picture is None else next(read) for picture in pictures], after)
+        read = iter(self._read_images([picture for picture in pictures if picture is not None]))
+        images = [None if picture is None else next(read) for picture in pictures]
+        before, after = zip(*map(self._question_ids, questions), strict=True)
+        rows = [[*ids, *answer] for ids, answer in zip(after, answers or [()] * len(after), strict=True)]
+        return self._placed(before, images, rows)
 
-    def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
-        return self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64, device=self.device))
+    def _read_images(self, images: Sequence[Image]) -> Sequence[torch.Tensor]:
+        """The places (1 + N, D) of each."""
+        if not images:
+            return ()
+        latents = self.encode_images(images)
+        return list(self.model.embed_images(latents, latents.new_ones(len(latents))))
+
+    def _placed(
+        self, before: Sequence[Sequence[int]], images: Sequence[torch.Tensor | None], after: Sequence[Sequence[int]]
+    ) -> Rows:
+        """See ``place_rows``. All ids are embedded at once, as every lookup has a gradient of the whole table."""
+        rows = [*before, *after]
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64, device=self.device)
+        x = self.model.get_input_embeddings()(ids).split([len(row) for row in rows])
+        return place_rows(x[: len(before)], images, x[len(before) :])
 
     # --- pictures ---
 
@@ -265,36 +256,23 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         return torch.stack([self._latents.get(image, self.device, self._encoded) for image in images])
 
     def _encoded(self, image: Image) -> torch.Tensor:
-        side = self.image_size
-        if image.shape[1:] != (side, side):
-            from lvrpo.images import middle_square
-
-            image = middle_square(image, side)
-        mean, std = self._moments()
+        image = middle_square(image, self.image_size)
         with torch.autocast(self.device.type, enabled=False):
-            pixels = (image.to(self.device) * 2 - 1)[None, :, None].to(self.vae.dtype)
-            latent = self.vae.encode(pixels).latent_dist.mode()[0, :, 0].float()
-        return (latent - mean) / std
+            return encode_frames(self.vae, (image.to(self.device) * 2 - 1)[None].to(self.vae.dtype))[0].float()
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> list[Image]:
         """Pictures of tokens (B, N, patch * patch * C), on the CPU."""
-        sizes, (mean, std) = self.model.sizes, self._moments()
-        z = to_latents(latents.float(), (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels) * std + mean
         found: list[Image] = []
         with torch.autocast(self.device.type, enabled=False):
-            for part in z.split(DECODED):
-                pixels = self.vae.decode(part[:, :, None].to(self.vae.dtype)).sample[:, :, 0]
-                found += list(((pixels.float() + 1) / 2).clamp(0, 1).cpu())
+            for part in self._latents_of(latents, grid).split(DECODED):
+                pixels = decode_frames(self.vae, part.to(self.vae.dtype)).float()
+                found += list(((pixels + 1) / 2).clamp(0, 1).cpu())
         return found
 
-    def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of latents, (C, 1, 1)."""
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(v, device=self.device)[:, None, None] for v in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
+    def _latents_of(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        sizes = self.model.sizes
+        return to_latents(tokens, (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels)
 
     # --- velocities ---
 
@@ -304,12 +282,10 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     def flow(self, rows: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """See ``LatentFlowPolicy.flow``; latents of several branches are embedded once."""
-        sizes, repeats = self.model.sizes, len(rows) // len(x_t)
-        latents = to_latents(x_t, (grid[0] * sizes.patch, grid[1] * sizes.patch), sizes.channels)
+        repeats = len(rows) // len(x_t)
         with self.autocast(), self.checkpointing():
-            images = self.model.embed_images(latents, 1 - t).repeat(repeats, 1, 1)
-            before = [self._embedded(self._drawn(row)) for row in rows]
-            placed = place_rows(before, list(images), [self._embedded([])] * len(rows))
+            images = self.model.embed_images(self._latents_of(x_t, grid), 1 - t).repeat(repeats, 1, 1)
+            placed = self._placed([self._drawn(row) for row in rows], list(images), [()] * len(rows))
             return -self.model.velocity(placed, (1 - t).repeat(repeats)).float()
 
     # --- replay ---
@@ -353,9 +329,8 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
             for part in parts:
                 drawn = isinstance(part, torch.Tensor)
                 begin = [ids["<|im_start|>"], *([ids["<|vision_start|>"]] if drawn else [])]
-                read = self.model.embed_images(z := self.encode_images([part]), z.new_ones(1))[0] if drawn else None
-                text = self._embedded([] if drawn else self._encode(part))
-                states = self.model.states(place_rows([self._embedded(begin)], [read], [text]), layer=layer)
+                read = self._read_images([part])[0] if drawn else None
+                states = self.model.states(self._placed([begin], [read], [() if drawn else self._encode(part)]), layer)
                 found.append(states[0, len(begin) + drawn :])  # an image begins with the place of its time
         return found
 
