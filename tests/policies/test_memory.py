@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from discrete_policy import DiscretePolicy
 from families import FAMILIES, Family
 from small_vlm import without_videos
 
@@ -92,9 +93,12 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mmada"])
+@pytest.mark.parametrize(
+    ("name", "further"),
+    [*((name, ()) for name in FAMILIES), ("mmada", ("rollout.masked_likelihood={kind: path}",))],
+)
 def test_phases_without_weights_are_those_of_a_real_step(
-    name: str, family_folder: Callable[[str], Path], tmp_path: Path
+    name: str, further: tuple[str, ...], family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A term of the largest pass of a phase, such as the logits or the outputs of a frozen policy, is more than the
     tolerance; the keys and values of a text are less than the scores after it, and have a test of their own."""
@@ -102,9 +106,9 @@ def test_phases_without_weights_are_those_of_a_real_step(
     folder = family_folder(name)
     # the sizes of a Show-o2's flow head are in its weights alone
     bare = folder if name == "showo2" else described(folder, tmp_path / "described")
-    estimate = memory_needed(config_of(family, bare, "precision={}"))
+    estimate = memory_needed(config_of(family, bare, "precision={}", *further))
     policy = load_policy(folder)
-    found = measured(policy, config_of(family, folder, "precision={}"))
+    found = measured(policy, config_of(family, folder, "precision={}", *further))
     assert {phase: peak for phase, peak in estimate.transient.items() if phase in found} == pytest.approx(
         found, rel=0.1
     )
@@ -192,14 +196,12 @@ def test_a_card_that_is_too_small_is_refused_without_weights(
     assert "on a card, 0.0 GiB are free: set offload=true, or train an adapter" in capsys.readouterr().err
 
 
-def test_a_family_without_an_estimate_says_so(
-    family_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    family = FAMILIES["mmada"]
-    settings = [*family.overrides(family_folder("mmada")), "device=auto"]
-    assert main(["check", family.recipe, *settings, "--allow-code", "--card", "80"]) == 2
+def test_a_class_without_an_estimate_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DiscretePolicy().save(tmp_path / "model")
+    settings = [f"policy={tmp_path / 'model'}", *SMALL, ONE % (0, 1), "device=auto"]
+    assert main(["check", "janus_tiny", *settings, "--allow-code=discrete_policy", "--card", "80"]) == 2
     said = capsys.readouterr().err
-    assert "its memory is not estimated, as its class MmadaPolicy has no from_config" in said
+    assert "its memory is not estimated, as its class DiscretePolicy has no from_config" in said
     assert said.count("\n") == 1
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lvrpo.policies.base import Sampling, TokenCounts, missing_method
+from lvrpo.policies.decoding import computes_last_step_alone
 from lvrpo.policies.supervised import token_losses
 from lvrpo.sampling import (
     choose_revealed,
@@ -303,6 +304,8 @@ class TokenPolicy(PolicyDefaults):
                 logprobs, steps == sampling.num_steps, left, u[:, 1], self.choice_temperature(sampling, s)
             )
             tokens, steps = torch.where(fixed, sampled, tokens), torch.where(fixed, s, steps)
+            if computes_last_step_alone():  # all take the same memory
+                break
         tokens, steps = tokens.cpu(), steps.cpu()
         path = scoring.likelihood == "path"
         masks = torch.ones(B, 1, N, dtype=torch.bool)

@@ -13,6 +13,7 @@ import torch
 
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.decoding import computes_last_step_alone
 from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.sampling import (
     block_steps,
@@ -61,7 +62,8 @@ class MaskedTextPolicy(TokenPolicy):
         tokens = torch.zeros(B, N, dtype=torch.int64)
         steps = torch.full_like(tokens, N)
         allowed, waiting, before = self.text_tokens.to(self.device), list(range(B)), range(0)
-        for s, (block, left) in enumerate(block_steps(N, sampling.block_length, sampling.tokens_per_step)):
+        plan = block_steps(N, sampling.block_length, sampling.tokens_per_step)
+        for s, (block, left) in enumerate(plan):
             if block != before:
                 waiting = [b for b in waiting if not self._has_ended(tokens[b, : block.start])]
                 before = block
@@ -79,11 +81,18 @@ class MaskedTextPolicy(TokenPolicy):
                 fixed = choose_revealed(confidence, torch.ones_like(confidence, dtype=torch.bool), left)[0].cpu()
                 tokens[b, places[fixed]] = sampled.cpu()[fixed]
                 steps[b, places[fixed]] = s
+            if computes_last_step_alone():  # the first has the most places
+                tokens[:], steps[:] = self._any_token(), _from_left_to_right(plan)
+                break
         for b in range(B):
             yield self._segment(tokens[b], steps[b], seeds[b], sampling)
 
     def _has_ended(self, tokens: torch.Tensor) -> bool:
         return any(token in self.end_ids for token in tokens.tolist())
+
+    def _any_token(self) -> int:
+        """One that ends no text."""
+        return next(i for i in self.text_tokens.nonzero()[:, 0].tolist() if i not in self.end_ids)
 
     def _length(self, tokens: torch.Tensor) -> int:
         """Tokens up to the first end token, itself included."""
@@ -155,6 +164,14 @@ class MaskedTextPolicy(TokenPolicy):
             for part in (torch.cat([pair[k] for pair in found]) for k in range(2))
         )
         return SegmentLogprobs(logprobs, entropy)
+
+
+def _from_left_to_right(plan: Sequence[tuple[range, int]]) -> torch.Tensor:
+    """int64 (N,): the steps of ``block_steps`` at which places are decoded that are chosen in order."""
+    steps: list[int] = []
+    for s, (block, left) in enumerate(plan):
+        steps += [s] * (block.stop - left - len(steps))
+    return torch.tensor(steps)
 
 
 def _path(decoded: torch.Tensor, steps: torch.Tensor, length: int) -> list[MaskedPass]:

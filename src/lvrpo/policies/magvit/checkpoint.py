@@ -49,11 +49,23 @@ def find_part(folder: Path, name: str, source: str, field: str) -> Path:
         ) from None
 
 
-def load_weights(folder: Path, model: torch.nn.Module, names: Mapping[str, str], dtype: torch.dtype, what: str) -> None:
+def load_weights(
+    folder: Path,
+    model: torch.nn.Module,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    what: str,
+    *,
+    weights: bool = True,
+) -> None:
     """Gives a module without storage the weights of a folder. ``names``: those in the files, by the module's own.
 
-    ``what``: the kind of model, in messages. Raises InputError, one line, unless the folder holds exactly these.
+    ``what``: the kind of model, in messages. Without ``weights`` nothing is read: parameters of the dtype stay on the
+    meta device. Raises InputError, one line, unless the folder holds exactly these.
     """
+    if not weights:
+        model.load_state_dict({n: tensor.to(dtype) for n, tensor in model.state_dict().items()}, assign=True)
+        return
     role = f"the weights of {what}"
     _require_safetensors(folder, role)
     found = find_tensors(folder, STEMS, role)

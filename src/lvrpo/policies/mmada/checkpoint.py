@@ -98,19 +98,21 @@ class MmadaConfig(Config):
         return self.embedding_size or self.vocab_size
 
 
-def load_mmada(folder: Path, dtype: torch.dtype) -> tuple[Any, Magvit, MmadaLayout, dict[str, Any]]:
+def load_mmada(
+    folder: Path, dtype: torch.dtype, *, weights: bool = True
+) -> tuple[Any, Magvit, MmadaLayout, dict[str, Any]]:
     """Transformer at a dtype, autoencoder (float32), layout and config.json of a folder, on the CPU.
 
-    Any: of an optional package; decoded JSON. Raises InputError, one line, for what is missing, damaged or does not
-    fit.
+    ``weights``: whether they are read; parameters are on the meta device otherwise. Any: of an optional package;
+    decoded JSON. Raises InputError, one line, for what is missing, damaged or does not fit.
     """
     stored = read_json_object(folder / CONFIG)
     config = read_settings(MmadaConfig, stored, folder / CONFIG)
-    magvit = load_autoencoder(folder, config.codebook_size)
+    magvit = load_autoencoder(folder, config.codebook_size, weights=weights)
     layout = MmadaLayout.load(folder, config.codebook_size, config.mask_token_id, config.first_marker_id)
     require_room(config, layout, folder)
     model = empty_transformer(config, folder / CONFIG)
-    load_weights(folder, model, stored_names(model), dtype, "an MMaDA")
+    load_weights(folder, model, stored_names(model), dtype, "an MMaDA", weights=weights)
     if config.weight_tying:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model, magvit, layout, stored | {"num_vq_tokens": config.num_vq_tokens}

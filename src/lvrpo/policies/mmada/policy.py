@@ -85,10 +85,7 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         """Writes the published layout, with the autoencoder in a subfolder."""
         save_mmada(self.model, self.magvit, self.layout, self.stored, folder)
 
-    from_config = None  # type: ignore[assignment]  # its memory is not estimated: decoding looks at values
-
     @classmethod
     def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
         """See ``TransformersPolicy.read_folder``; docs/guides/mmada.md says where its autoencoder is looked for."""
-        assert weights
-        return cls.with_stored_tiles(folder, *load_mmada(folder, dtype))
+        return cls.with_stored_tiles(folder, *load_mmada(folder, dtype, weights=weights))

@@ -79,12 +79,8 @@ def load_showo(
     if phi.get("model_type") != "phi":
         raise InputError(f"{language}: holds a model of type {phi.get('model_type')!r}, not 'phi': use that of Phi-1.5")
     model = empty_transformer(phi, config.vocab_size, language / CONFIG)
-    if not weights:
-        state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        return model, magvit, layout, stored
     names = {name: PREFIX + name for name in model.state_dict()}
-    load_weights(folder, model, names, dtype, "a Show-o")
+    load_weights(folder, model, names, dtype, "a Show-o", weights=weights)
     return model, magvit, layout, stored
 
 
