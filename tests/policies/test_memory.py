@@ -199,7 +199,7 @@ def test_a_card_that_is_too_small_is_refused_without_weights(
 def test_a_class_without_an_estimate_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     DiscretePolicy().save(tmp_path / "model")
     settings = [f"policy={tmp_path / 'model'}", *SMALL, ONE % (0, 1), "device=auto"]
-    assert main(["check", "janus_tiny", *settings, "--allow-code=discrete_policy", "--card", "80"]) == 2
+    assert main(["check", FAMILIES["janus"].recipe, *settings, "--allow-code=discrete_policy", "--card", "80"]) == 2
     said = capsys.readouterr().err
     assert "its memory is not estimated, as its class DiscretePolicy has no from_config" in said
     assert said.count("\n") == 1
