@@ -1,10 +1,13 @@
 """Steps of lvrpo against those of other programs on a CPU, one thread: the ratio of processor times, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text picture draw train] [--bagel DIR]
+    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text picture janus draw train] [--bagel DIR]
         [--flow-grpo DIR] [--image-tokens 16 256 1024] [--new-tokens 16 64 256] [--rounds 3] [--json FILE]
 
 text      a GRPO step of 16 questions x 8 answers, by TRL's GRPOTrainer (``pip install trl``)
 picture   a GRPO step of 4 questions about a picture each x 8 answers of at most 32 tokens, by the same
+janus     a group of 8 guided drawings of a Janus, by ``generate`` of transformers, called for one drawing after another
+          and for all at once (lvrpo also scores them); and the replay of a group with its update, by the same code for
+          one drawing at a time
 draw      a group of 8 drawings of a BAGEL in ten guided steps, by the official inferencer, one after another
 train     a step of a Stable Diffusion 3: a group of 8 drawings in five guided steps, four of them trained, by the
           training script of flow_grpo
@@ -42,6 +45,7 @@ from typing import Any
 import torch
 from bagel_step import make_policy, make_prompts
 from flow_grpo_steps import SCRIPT, FlowSetting, flow_grpo_step, lvrpo_step, median_step
+from janus_group import draw_group, update_group
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -69,7 +73,7 @@ QUESTIONS = tuple(
 )
 
 
-WORKS = ("text", "picture", "draw", "train")
+WORKS = ("text", "picture", "janus", "draw", "train")
 ANSWER_STEPS = 5
 """Of a training run; the first and the last are not timed."""
 TRAIN_STEPS = 5
@@ -389,6 +393,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
     missing = {
         "text": missing_packages("trl", "datasets"),
         "picture": missing_packages("trl", "datasets"),
+        "janus": missing_packages("transformers"),
         "draw": missing_packages("einops", "transformers") or missing_folder("--bagel", options.bagel, "inferencer.py"),
         "train": missing_packages("accelerate", "diffusers", "peft")
         or missing_folder("--flow-grpo", options.flow_grpo, SCRIPT),
@@ -402,6 +407,12 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
         elif work == "picture":
             for tokens, side in zip(options.image_tokens, sides, strict=True):
                 yield f"picture, {tokens} image tokens, 32 new ones", partial(answers, side, 32, options.rounds)
+        elif work == "janus":
+            for tokens, side in zip(options.image_tokens, sides, strict=True):
+                name, rounds = f"janus, {tokens} image tokens", options.rounds
+                yield f"{name}, one a call", lambda s=side, r=rounds: in_turn(*draw_group(s, GROUP_SIZE, GROUP_SIZE), r)
+                yield f"{name}, one call", lambda s=side, r=rounds: in_turn(*draw_group(s, GROUP_SIZE, 1), r)
+                yield f"{name}, update", lambda s=side, r=rounds: in_turn(*update_group(s, GROUP_SIZE), r)
         elif work == "train":
             for tokens, side in zip(options.image_tokens, sides, strict=True):
                 yield f"train, {tokens} image tokens", partial(train, 2 * side, options.flow_grpo, options.rounds)
