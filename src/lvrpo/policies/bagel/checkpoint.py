@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lvrpo.policies.safetensors_reader import StoredTensor as StoredTensor
-from lvrpo.policies.safetensors_reader import find_tensors as find_tensors  # showo2.checkpoint has them from here
-
 _LAYER: Mapping[str, str] = {
     "input_norm": "input_layernorm{}",
     "post_norm": "post_attention_layernorm{}",

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
 from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, empty_part, link_file, quiet_diffusers
+from lvrpo.policies.safetensors_reader import StoredTensor, find_tensors
 from lvrpo.policies.showo2.model import Showo2Model, Showo2Sizes
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
