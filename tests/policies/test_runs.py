@@ -327,10 +327,10 @@ def test_a_shipped_model_generates_and_answers(model: str) -> None:
 def test_a_quickstart_takes_the_recipe_of_the_family() -> None:
     assert recipe_of("tiny-masked") == ("quickstart_masked", "continued_token")
     assert recipe_of("tiny") == Recipe()
-    assert main(["quickstart", "--quick", "--steps", "2", "--policy", "tiny-token"]) in (0, 3)  # 3: so few prompts
+    assert main(["quickstart", "--quick", "--steps", "2", "--policy", "tiny-token", "--no-baseline"]) in (0, 3)  # 3: so few prompts
     run = Path("runs/quickstart_token")
     summary = json.loads((run / "summary.json").read_text())
-    assert {"generate", "understand", "reason"} <= summary["before"].keys() == summary["baseline"]["after"].keys()
+    assert {"generate", "understand", "reason"} <= summary["before"].keys()
     assert "edit" not in summary["before"]
     assert "loss/tokens/generate" in RunDirectory.read(run).metrics()[1]
     assert (run / "report.html").is_file()

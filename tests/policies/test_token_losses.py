@@ -183,14 +183,15 @@ def test_what_a_policy_cannot_learn_is_one_line(base: Path, tmp_path: Path, caps
 
 
 def test_the_recipes_pretrain_and_fit_the_result(base: Path, tmp_path: Path) -> None:
-    family = "janus" if isinstance(load_policy(base), JanusPolicy) else "showo"
+    kind = "token" if isinstance(load_policy(base), JanusPolicy) else "masked"
     few = {
         "batch": {"edit": 0, "generate": 2, "question": 4, "caption": 1, "reason": 1},
         "held_out": {"edit": 0, "reason": 2},
     }
     tree = {**ROWS, **few, "init": str(base), "steps": 1, "checkpoint_every": 1, "held_out_every": 1}
     settings = [f"{key}={json.dumps(value)}" for key, value in tree.items()]
-    assert main(["pretrain", f"{family}_tiny_pretrain", *settings, "--out", str(tmp_path / "run")]) == 0
-    config = load_config(TrainConfig, shipped_configs()[f"{family}_tiny"], [f"policy={tmp_path / 'run'}", "device=cpu"])
+    assert main(["pretrain", f"pretrain_{kind}", *settings, "--out", str(tmp_path / "run")]) == 0
+    overrides = [f"policy={tmp_path / 'run'}", "device=cpu"]
+    config = load_config(TrainConfig, shipped_configs()[f"quickstart_{kind}"], overrides)
     policy, _ = open_policy(config)
     assert list(config.sections(policy.segment_kinds)) == list(policy.segment_kinds)
