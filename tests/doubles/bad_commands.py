@@ -28,7 +28,7 @@ COMMAND_LINE: list[Case] = [
     (("export", "small", ""), 2, "an argument: is empty: give it a value"),
     (("generate", "small", "--prompt", "a red circle", "--out", ""), 2, "option --out: is empty: give it a value"),
     (("train", "quickstart", "--out="), 2, "option --out: is empty: give it a value"),
-    (("quickstart", "--policy", "tiny", "--policy=small"), 2, "option --policy: is given twice: leave one out"),
+    (("quickstart", "--policy", "tiny", "--policy=small"), 2, "option --policy: given twice: leave one out"),
     (("data", "preview", "--split", "tset"), 2, "invalid choice: 'tset'"),
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
     (("report", "finished", "unfinished"), 2, "argument 'unfinished': one too many"),

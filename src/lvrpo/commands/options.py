@@ -27,7 +27,7 @@ class StoreOnce(argparse._StoreAction):
         if option_string is not None:
             given = vars(options).setdefault(GIVEN, set())
             if self.dest in given:
-                raise InputError(f"option {option_string}: is given twice: leave one out")
+                raise InputError(f"option {option_string}: given twice: leave one out")
             given.add(self.dest)
         super().__call__(parser, options, values, option_string)
 

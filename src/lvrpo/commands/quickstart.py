@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lvrpo.commands.inputs import read_config
-from lvrpo.commands.options import Options
+from lvrpo.commands.options import Options, refuse_given
 from lvrpo.commands.progress import Progress, print_tables, summary_tables
 from lvrpo.commands.train import require_well
 from lvrpo.commands.train_options import train_overrides
-from lvrpo.errors import InputError
 from lvrpo.evaluation.experiment import Experiment, Plan, scene_benchmarks
-from lvrpo.policies.loading import START, possible_tasks, stored_segment_kinds
+from lvrpo.policies.loading import START, can_draw_after_text, possible_tasks, stored_segment_kinds
 from lvrpo.reading import unused_path
 from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.run_directory import CONFIG
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import TASKS, SegmentKind
+from lvrpo.types import TASKS, SegmentKind, TaskKind
 
 SIZES = {
     "generate": 700,
@@ -49,6 +49,16 @@ QUICK_SAMPLED = 7
 """Prompts that are sampled many times."""
 PROMPTS = ("data.prompts_per_step", "validation.prompts")
 """Keys of a training configuration with a number of prompts per task."""
+ROWS: Mapping[str, TaskKind] = {
+    "generate": "generate",
+    "caption": "understand",
+    "question": "understand",
+    "edit": "edit",
+    "reason": "reason",
+}
+"""Kinds of rows of the baseline, and the task that a model needs for them."""
+OF_A_NEW_RUN = ("config", "seed", "steps", "policy", "out", "no_baseline", "quick")
+"""Options that a resumed run does not take."""
 QUICK_BASELINE = (
     "batch={generate: 8, caption: 4, question: 16, edit: 4, reason: 4}",
     "corpus={scenes: 200, edits: 100, reasons: 100}",
@@ -72,9 +82,7 @@ RECIPES: Mapping[SegmentKind, Recipe] = {
 def run(options: Options) -> None:
     started = time.monotonic()
     if options.resume is not None:
-        given = [f"--{name}" for name in ("seed", "steps", "policy", "out") if getattr(options, name) is not None]
-        if given:
-            raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
+        refuse_given(options, OF_A_NEW_RUN, "a resumed run keeps its own: leave it out")
         trainer = Trainer.resume(options.resume)
     else:
         config = training_config(options)
@@ -96,8 +104,7 @@ def run(options: Options) -> None:
         summary = experiment.summary
         print_tables(summary_tables(summary))
         watch.phase("done")
-    recipe = options.config or recipe_of(run.path / START).training
-    print(_closing_message(run.path, recipe, summary, time.monotonic() - started))
+    print(_closing_message(run.path, config.policy, summary, time.monotonic() - started))
     require_well(run.path, summary)
 
 
@@ -107,12 +114,15 @@ def recipe_of(model: str | Path) -> Recipe:
 
 
 def training_config(options: Options) -> TrainConfig:
-    """``--config``, or the recipe of ``--policy``; ``--quick`` asks the model only for what it can do."""
+    """``--config``, or the recipe of ``--policy``; that and ``--quick`` ask the model only for what it can do."""
     name = options.config or (Recipe() if options.policy is None else recipe_of(options.policy)).training
     overrides = train_overrides(options)
-    if options.quick:
+    if options.quick or (options.config is None and options.policy is not None):
         model = options.policy or read_config(TrainConfig, name, []).policy
-        overrides += [f"{key}.{task}=0" for key in PROMPTS for task in TASKS if task not in possible_tasks(model)]
+        tasks = possible_tasks(model)
+        overrides += [f"{key}.{task}=0" for key in PROMPTS for task in TASKS if task not in tasks]
+        if "reason" in tasks and not can_draw_after_text(model):
+            overrides.append("data.scenes.weights={reason/draw_answer: 0}")
     return read_config(TrainConfig, name, overrides)
 
 
@@ -126,7 +136,8 @@ def plan(options: Options, config: TrainConfig, run: Path, model: str | Path) ->
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
         if options.quick:
             overrides += QUICK_BASELINE
-            overrides += [f"batch.{task}=0" for task in ("edit",) if task not in possible_tasks(model)]
+        tasks = possible_tasks(model)
+        overrides += [f"batch.{kind}=0" for kind, task in ROWS.items() if task not in tasks]
         baseline = read_config(PretrainConfig, recipe.baseline, overrides)
     sizes = QUICK_SIZES if options.quick else SIZES
     full = Plan(scene_benchmarks(model), sizes, baseline=baseline, parallel=cores() >= 2)
@@ -138,9 +149,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _closing_message(run: Path, recipe: str, summary: dict, seconds: float) -> str:
+def _closing_message(run: Path, policy: str, summary: dict, seconds: float) -> str:
     """The cost of the run, the location of its results, and suggestions for the next step."""
-    baseline, own = summary.get("baseline"), recipe == Recipe().training
+    baseline = summary.get("baseline")
     cost = f"alignment {summary['seconds']:.0f} s"
     if baseline:
         cost += f", {baseline['name']} {baseline['seconds']:.0f} s"
@@ -154,7 +165,7 @@ def _closing_message(run: Path, recipe: str, summary: dict, seconds: float) -> s
             "",
             "next:",
             f'  lvrpo generate {run} --prompt "two red circles left of a blue star" --out drawings',
-            *(["  lvrpo quickstart --config self    # no labels: the model itself is the judge"] if own else []),
-            f"  lvrpo train {recipe} seed=1 --out runs/other && lvrpo compare {run} runs/other",
+            *(["  lvrpo quickstart --config self    # no labels: the model itself is the judge"] * (policy == "tiny")),
+            f"  lvrpo train {run / CONFIG} seed=1 --out runs/other && lvrpo compare {run} runs/other",
         ]
     )

@@ -256,8 +256,8 @@ _LAST_STEP_ALONE: ContextVar[bool] = ContextVar("last_step_alone", default=False
 
 @contextmanager
 def last_step_alone() -> Iterator[None]:
-    """Inside, of texts and image tokens only the first and the last step are computed, of masked ones the first, and
-    tokens are any, and of flows the steps that differ in memory: for estimates of it. Texts have their full length."""
+    """Inside, texts and image tokens compute only their first and last step, masked tokens the first, and flows the
+    steps that differ in memory, for estimates of it; tokens are arbitrary, and texts have their full length."""
     token = _LAST_STEP_ALONE.set(True)
     try:
         yield

@@ -433,7 +433,8 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
         """Trains until the end or an interruption, with checkpoints; returns whether the run is finished."""
         config, state = self.config, self.state
         start_trackers(self.run, config.trackers)
-        keep_freed_memory()
+        if pick_device(config.device).type == "cpu":
+            keep_freed_memory()
         while state.step < config.steps:
             with self.logged_step(observe) as row:
                 row |= state.train_step()

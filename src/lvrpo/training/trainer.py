@@ -16,7 +16,7 @@ from lvrpo.data.base import Task
 from lvrpo.distributed import gather, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import START
+from lvrpo.policies.loading import START, pick_device
 from lvrpo.registry import allow_code
 from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.table import MOST_FAILED
@@ -177,10 +177,11 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         Returns whether the run is finished; the best checkpoint of validation is then its result.
         """
         start_trackers(self.run, self.config.trackers)
-        keep_freed_memory()
         if self.finished:
             return True
         config, run, state, policies = self.config, self.run, self.state, self.state.policies
+        if pick_device(config.device).type == "cpu":
+            keep_freed_memory()
         with open_engine(config, policies.policy, run.path / START, self.base) as engine:
             if state.step == 0:
                 self._before_first_step(engine)
