@@ -29,6 +29,7 @@ COMMAND_LINE: list[Case] = [
     (("generate", "small", "--prompt", "a red circle", "--out", ""), 2, "option --out: is empty: give it a value"),
     (("train", "quickstart", "--out="), 2, "option --out: is empty: give it a value"),
     (("quickstart", "--policy", "tiny", "--policy=small"), 2, "option --policy: given twice: leave one out"),
+    (("evaluate", "small", "--benchmark", "edit", "--benchmark", "ocr"), 2, "given twice: write NAME,NAME"),
     (("data", "preview", "--split", "tset"), 2, "invalid choice: 'tset'"),
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
     (("report", "finished", "unfinished"), 2, "argument 'unfinished': one too many"),

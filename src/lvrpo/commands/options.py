@@ -27,7 +27,8 @@ class StoreOnce(argparse._StoreAction):
         if option_string is not None:
             given = vars(options).setdefault(GIVEN, set())
             if self.dest in given:
-                raise InputError(f"option {option_string}: given twice: leave one out")
+                remedy = "write NAME,NAME" if self.type is names else "leave one out"
+                raise InputError(f"option {option_string}: given twice: {remedy}")
             given.add(self.dest)
         super().__call__(parser, options, values, option_string)
 
