@@ -85,13 +85,8 @@ def load_showo(
 
 
 def empty_transformer(phi: Mapping[str, Any], vocabulary: int, path: Path) -> Any:
-    """A PhiForCausalLM with Show-o's layer norms of queries and keys, without storage. Any: of an optional package.
-
-    Phi's ``gelu_new`` is computed by one operator of torch, which is the same function, instead of eight.
-    """
+    """A PhiForCausalLM with Show-o's layer norms of queries and keys, without storage. Any: of an optional package."""
     changed = {"vocab_size": vocabulary, "qk_layernorm": True, "tie_word_embeddings": False, "pad_token_id": None}
-    if phi.get("hidden_act", "gelu_new") == "gelu_new":
-        changed["hidden_act"] = "gelu_pytorch_tanh"
     return empty_causal_lm("Phi", {**phi, **changed}, path, "a Show-o")
 
 

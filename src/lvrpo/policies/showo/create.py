@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,8 @@ class ShowoSizes(MagvitSizes):
     """Sizes of a random Show-o; the defaults are for tests and first runs on a CPU."""
 
     positions: int = Field(default=512, ge=HEAD + 3, le=1_000_000)
+    hidden_act: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
+    """Activation: that of Phi, or the same function by one operator instead of eight."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -49,6 +51,7 @@ def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
         "model_type": "phi",
         "hidden_size": sizes.width,
         "intermediate_size": sizes.mlp_width,
+        "hidden_act": sizes.hidden_act,
         "num_hidden_layers": sizes.depth,
         "num_attention_heads": sizes.heads,
         "max_position_embeddings": sizes.positions,
