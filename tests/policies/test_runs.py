@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from small_vlm import without_videos
 from stored import killed_copy, stored
 
-from lvrpo.cli import main
-from lvrpo.commands.quickstart import Recipe, recipe_of
+from lvrpo.cli import main, parse_command
+from lvrpo.commands.quickstart import Recipe, plan, recipe_of, training_config
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
@@ -324,10 +324,19 @@ def test_a_shipped_model_generates_and_answers(model: str) -> None:
     assert found["understand"]["score"] > 0.6
 
 
-def test_a_quickstart_takes_the_recipe_of_the_family() -> None:
+def test_a_quickstart_takes_the_recipe_of_the_family(
+    family_folder: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quickstart", "--quick", "--policy", str(family_folder("showo2"))]) == 2
+    assert "has no supervised losses for a baseline: add --no-baseline" in capfd.readouterr().err
     assert recipe_of("tiny-masked") == ("quickstart_masked", "continued_token")
     assert recipe_of("tiny") == Recipe()
     command = ["quickstart", "--quick", "--steps", "2", "--policy", "tiny-token", "--no-baseline"]
+    parsed = parse_command(command[:-1])
+    assert parsed is not None
+    baseline = plan(parsed[1], training_config(parsed[1]), Path("run"), "tiny-token").baseline
+    assert baseline is not None
+    assert baseline.batch["edit"] == 0 < baseline.batch["generate"]
     assert main(command) in (0, 3)  # 3: not healthy, by so few prompts
     run = Path("runs/quickstart_token")
     summary = json.loads((run / "summary.json").read_text())

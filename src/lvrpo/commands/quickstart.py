@@ -14,8 +14,15 @@ from lvrpo.commands.options import Options, refuse_given
 from lvrpo.commands.progress import Progress, print_tables, summary_tables
 from lvrpo.commands.train import require_well
 from lvrpo.commands.train_options import train_overrides
+from lvrpo.errors import InputError
 from lvrpo.evaluation.experiment import Experiment, Plan, scene_benchmarks
-from lvrpo.policies.loading import START, can_draw_after_text, possible_tasks, stored_segment_kinds
+from lvrpo.policies.loading import (
+    START,
+    can_draw_after_text,
+    has_supervised_losses,
+    possible_tasks,
+    stored_segment_kinds,
+)
 from lvrpo.reading import unused_path
 from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
@@ -86,6 +93,8 @@ def run(options: Options) -> None:
         trainer = Trainer.resume(options.resume)
     else:
         config = training_config(options)
+        if not options.no_baseline and not has_supervised_losses(config.policy):
+            raise InputError(f"policy={config.policy}: has no supervised losses for a baseline: add --no-baseline")
         folder = options.out or unused_path(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")

@@ -198,6 +198,12 @@ def stored_segment_kinds(model: str | Path) -> tuple[SegmentKind, ...]:
     return kinds if isinstance(kinds, tuple) else ()
 
 
+def has_supervised_losses(model: str | Path) -> bool:
+    """Whether MODEL can be trained with supervised losses, found without loading it."""
+    folder = policy_folder(model)
+    return has_adapter(folder) or hasattr(policy_class(folder), "supervised_losses")
+
+
 def can_draw_after_text(model: str | Path) -> bool:
     """Whether MODEL can draw after a text that it wrote, found without loading it."""
     folder = policy_folder(model)

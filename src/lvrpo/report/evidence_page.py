@@ -99,7 +99,7 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
             f"Code: {', '.join(sorted({str(run.raw['code']) for run in runs}))}.",
         ]
         lines += [
-            f"Not well: {run.row}-{run.base}-{run.seed}: {words}."
+            f"Not healthy: {run.row}-{run.base}-{run.seed}: {words}."
             for run in runs
             for words in run.raw.get("not_well", ())
         ]
