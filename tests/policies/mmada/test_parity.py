@@ -80,7 +80,7 @@ def test_rows_and_logits_of_drawings_are_theirs(
     rows = [layout.drawing(own, c) for own, c in zip(captions, codes.tolist() * 2, strict=True)]
     assert rows == [row[mask == 1].tolist() for row, mask in zip(theirs, vectors["t2i_mask"], strict=True)]
     expected = vectors["t2i_logits"]
-    assert torch.allclose(policy._code_logits(rows), expected, atol=ABSOLUTE, rtol=0)
+    assert torch.allclose(policy._code_logits(captions, codes.tolist() * 2), expected, atol=ABSOLUTE, rtol=0)
     given, free = expected.chunk(2)
     guided = policy.image_logits(contexts, codes, True, 1 + settings["guidance_scale"], "joint")
     assert torch.allclose(guided, 3 * given - 2 * free, atol=ABSOLUTE, rtol=0)

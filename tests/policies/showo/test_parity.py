@@ -82,7 +82,7 @@ def test_the_autoencoder_is_theirs(policy: ShowoPolicy, vectors: dict[str, torch
 def test_rows_and_logits_of_drawings_are_theirs(
     policy: ShowoPolicy, settings: dict[str, Any], vectors: dict[str, torch.Tensor]
 ) -> None:
-    """Both branches of two prompts, whose rows they pad on the left to 129 places."""
+    """Both branches of two prompts, whose rows they pad on the left to 129 places; whole, and after shared texts."""
     layout, theirs = policy.layout, vectors["t2i_ids"]
     image = theirs[:2, -17:-1]
     codes = torch.where(image == layout.mask, -1, image - layout.first_code)
@@ -94,7 +94,8 @@ def test_rows_and_logits_of_drawings_are_theirs(
     for row, place in zip(rows, batch.places, strict=True):
         assert place[: len(row)].tolist() == list(range(147 - len(row), 147))
     expected = vectors["t2i_logits"]
-    assert torch.allclose(policy._code_logits(rows), expected, atol=ABSOLUTE, rtol=0)
+    for policy.checkpointed in (True, False):
+        assert torch.allclose(policy._code_logits(captions, codes.tolist() * 2), expected, atol=ABSOLUTE, rtol=0)
     given, free = expected.chunk(2)
     guided = policy.image_logits(contexts, codes, True, 1 + settings["guidance_scale"], "joint")
     assert torch.allclose(guided, 3 * given - 2 * free, atol=ABSOLUTE, rtol=0)

@@ -135,7 +135,10 @@ def test_answers_are_texts_and_pictures_are_seen(showo: ShowoPolicy, prompts: li
     assert float((scores[0] - scores[1]).abs()) > 1e-4
 
 
-@pytest.mark.parametrize(("mode", "calls"), [("joint", [(4, True)]), ("detach_uncond", [(2, False), (2, True)])])
+@pytest.mark.parametrize(
+    ("mode", "calls"),
+    [("joint", [(1, True), (2, True)] * 2), ("detach_uncond", [(1, False), (2, False), (1, True), (2, True)])],
+)
 def test_which_branch_has_a_gradient(
     folder: Path, prompts: list[Prompt], mode: str, calls: list[tuple[int, bool]]
 ) -> None:
@@ -146,10 +149,11 @@ def test_which_branch_has_a_gradient(
         lambda module, args, out: seen.append((len(out.last_hidden_state), out.last_hidden_state.requires_grad))
     )
     policy.logprobs(trajectories)
-    assert seen == calls * 4  # one for each step
+    assert seen == calls * 4  # in each step the text of a branch, then the images of both members after it
 
 
 def test_checkpointed_layers_give_the_same_gradient(folder: Path, prompts: list[Prompt]) -> None:
+    """Members then have whole rows instead of shared texts."""
     policy = ShowoPolicy.load(folder)
     trajectories = members(policy.sample(prompts, replace(BASE, group_size=1), range(len(prompts))))
     gradients = []
@@ -161,7 +165,8 @@ def test_checkpointed_layers_give_the_same_gradient(folder: Path, prompts: list[
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert gradients[0].keys() == gradients[1].keys() == trained
     assert not any(name.startswith("magvit.") for name in trained)
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in trained)
+    for name in trained:
+        assert float((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm()) < 1e-5
 
 
 def test_low_precision_reads_the_same_codes(folder: Path, showo: ShowoPolicy, prompts: list[Prompt]) -> None:

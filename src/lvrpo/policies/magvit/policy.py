@@ -226,23 +226,27 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     ) -> torch.Tensor:
         """See ``TokenPolicy.image_logits``; both branches of guidance are one batch unless one has no gradient."""
         codes = tokens.tolist()
-        rows = [self.layout.drawing(context, row) for context, row in zip(contexts, codes, strict=True)]
         if scale == 1 or mode == "none":
-            return guide_logits(self._code_logits(rows), None, scale, mode)
-        free = [self.layout.drawing(self.layout.caption([]), row) for row in codes]
+            return guide_logits(self._code_logits(contexts, codes), None, scale, mode)
+        free = [self.layout.caption([])] * len(codes)
         if mode == "detach_uncond":
             with torch.no_grad():
-                other = self._code_logits(free)
-            return guide_logits(self._code_logits(rows), other, scale, mode)
-        logits = self._code_logits([*rows, *free])
-        return guide_logits(logits[: len(rows)], logits[len(rows) :], scale, mode)
+                other = self._code_logits(free, codes)
+            return guide_logits(self._code_logits(contexts, codes), other, scale, mode)
+        logits = self._code_logits([*contexts, *free], [*codes, *codes])
+        return guide_logits(logits[: len(codes)], logits[len(codes) :], scale, mode)
 
-    def _code_logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _code_logits(self, contexts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits of the image tokens of drawings, in their places: (B, N, K)."""
-        states = torch.stack([own[-self.image_tokens - 1 : -1] for own in self._states(rows)])
+        states = torch.stack([own[1:-1] for own in self._image_states(contexts, codes)])
         first = self.layout.first_code
         with self.autocast():
             return self.model.lm_head(states)[..., first : first + self.layout.codes]
+
+    def _image_states(self, contexts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The final states of an image's tokens and of its two markers after each context, each (N + 2, D)."""
+        rows = [self.layout.drawing(context, row) for context, row in zip(contexts, codes, strict=True)]
+        return [own[-self.image_tokens - 2 :] for own in self._states(rows)]
 
     @torch.no_grad()
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -85,6 +85,12 @@ class ShowoLayout(TokenLayout):
         causal = torch.arange(most)[:, None] >= torch.arange(most)
         seen = (causal | (block[:, :, None] & block[:, None, :])) & valid[:, None, :]
         return RowBatch(ids, places.clamp(min=0), seen | torch.eye(most, dtype=torch.bool), valid)
+
+    def captions(self, contexts: Sequence[Sequence[int]]) -> RowBatch:
+        """Rows before the image tokens of drawings in one batch, padded on the left: they end before place ``HEAD``."""
+        batch = self.padded(contexts, left=True)
+        most = batch.ids.shape[1]
+        return replace(batch, places=torch.arange(HEAD - most, HEAD).expand(len(contexts), -1))
 
     @classmethod
     def load(cls, folder: Path, text_size: int, codes: int) -> Self:

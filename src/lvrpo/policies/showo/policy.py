@@ -92,6 +92,36 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
                 logits = self.model.lm_head(states[len(context) - 1 :])
             yield SegmentLogprobs(*token_scores(logits, own, segments[0].temperature, allowed))
 
+    # --- drawings ---
+
+    def _image_states(self, contexts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """As ``MagvitPolicy``'s; every distinct context is read once, as its text sees no image token.
+
+        With gradient checkpointing every row is whole.
+        """
+        if self.checkpointed:
+            return super()._image_states(contexts, codes)
+        found: dict[int, torch.Tensor] = {}
+        images = torch.tensor([self.layout.drawing([], row) for row in codes], device=self.device)
+        for part in self.cut([len(context) + images.shape[1] for context in contexts]):
+            alike: dict[int, list[int]] = {}
+            for i in part:
+                alike.setdefault(len(contexts[i]), []).append(i)
+            for rows in alike.values():
+                with self.autocast():
+                    found.update(zip(rows, self._after([tuple(contexts[i]) for i in rows], images[rows]), strict=True))
+        return [found[i] for i in range(len(contexts))]
+
+    def _after(self, contexts: Sequence[tuple[int, ...]], images: torch.Tensor) -> torch.Tensor:
+        """Final states (B, n, D) of images (B, n) after contexts of one length, as padding would move sums."""
+        row_of = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        decoder = self._decoder(self.layout.captions(list(row_of)))
+        decoder.select([row_of[context] for context in contexts])
+        (B, n), before = images.shape, len(contexts[0])
+        seen = torch.ones(B, 1, n, before + n, dtype=torch.bool, device=self.device)
+        places = torch.arange(HEAD, HEAD + n, device=self.device).expand(B, -1)
+        return decoder.forward(self.model.model.embed_tokens(images), seen, places, decoder.cache)
+
     # --- weights ---
 
     def stored_name(self, name: str) -> str:
