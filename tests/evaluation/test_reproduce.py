@@ -18,6 +18,7 @@ from lvrpo.evaluation.reproduce.compute import Compute, RunCost
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, list_jobs, load_experiment
 from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.records import from_json
 from lvrpo.report.evidence import Evidence
@@ -54,6 +55,7 @@ tuning: {{base: one, seed: 9, prompts: 3}}
 test:
   sizes: {{generate: 7, understand: 8, edit: 5, reason: 3}}
   sampled_prompts: 2
+  num_steps: 3
 rows:
   base: {{about: the base, group: base, runs: all}}
   base_best_of_4: {{about: the best of 4, group: inference, of: base, best_of: 4, runs: all}}
@@ -198,6 +200,23 @@ def test_prompts_that_something_was_chosen_on_are_no_test(
         runner.evaluate_on_test(policy, experiment, tuned, Path("summaries"), lambda line: None)
 
 
+def test_images_take_the_steps_that_the_experiment_says(
+    small: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, experiment = load_policy(small_base), load_experiment(small)
+    sample, seen = policy.sample, set[tuple[bool, int]]()
+
+    def watched(prompts: Any, sampling: Sampling, seeds: Any) -> Any:
+        seen.update((prompt.output == ("image",), sampling.num_steps) for prompt in prompts)
+        return sample(prompts, sampling, seeds)
+
+    monkeypatch.setattr(policy, "sample", watched)
+    tuned = runner.tune_on_validation(policy, experiment)
+    assert (True, 3) in seen
+    runner.evaluate_on_test(policy, experiment, tuned, Path("summaries"), lambda line: None)
+    assert seen == {(True, 3), (False, 3)}
+
+
 def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
     experiment = load_experiment(shipped_experiments()["scenes"])
     jobs = list_jobs(experiment)
@@ -216,19 +235,19 @@ def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
         list_jobs(experiment, None, [77])
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_member_of_the_shipped_rows_is_a_configuration(quick: bool) -> None:
-    path = shipped_experiments()["scenes"]
-    experiment = load_experiment(path.with_stem("scenes_quick") if quick else path)
-    assert experiment.evidence is not quick
-    made = Recipes(experiment, Path("out"), find_config)
+@pytest.mark.parametrize("shipped", ["scenes", "scenes_quick", "tiny-token", "tiny-masked"])
+def test_every_member_of_the_shipped_rows_is_a_configuration(shipped: str) -> None:
+    experiment = load_experiment(shipped_experiments()["scenes"].with_stem(shipped))
+    assert experiment.name == shipped
+    assert experiment.evidence is not shipped.endswith("_quick")
+    made, (base, *_) = Recipes(experiment, Path("out"), find_config), experiment.bases
     kinds = set()
     for name, row in experiment.used.items():
         for member in (row.tune or ((),)) if row.trained else ():
-            config = made.config(name, member, "tiny", 0)
+            config = made.config(name, member, base, 0)
             kinds.add(type(config))
             if isinstance(config, TrainConfig):
-                assert config.policy == "tiny"
+                assert config.policy == experiment.bases[base].model
     assert kinds == {TrainConfig, PretrainConfig}
 
 

@@ -241,13 +241,15 @@ def seeds(text: str) -> list[int]:
 
 
 def reproduce_options(parser: Parser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="scenes, or a YAML file of the same form")
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT", help="scenes, tiny-token, tiny-masked, or a YAML file of the same form"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the run directories (default: runs/reproduce/EXPERIMENT)"
     )
     parser.add_argument("--rows", type=names, metavar="NAME[,NAME]", help="rows of the table to run (default: all)")
     parser.add_argument("--seeds", type=seeds, metavar="N[,N]", help="seeds to run (default: all)")
-    parser.add_argument("--quick", action="store_true", help="smoke test: some rows, one seed, few steps")
+    parser.add_argument("--quick", action="store_true", help="smoke test of scenes: some rows, one seed, few steps")
     parser.add_argument("--table", action="store_true", help="only write the results page from the existing summaries")
     parser.add_argument("--list", action="store_true", help="only list the remaining jobs")
     parser.add_argument(
@@ -261,7 +263,7 @@ def reproduce_options(parser: Parser) -> None:
 
 
 REPRODUCE = Command(
-    "rerun the published experiment job by job, and write its table",
+    "rerun a published experiment job by job, and write its table",
     reproduce_options,
     "lvrpo.commands.reproduce:run",
     "examples:\n"

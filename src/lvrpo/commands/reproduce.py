@@ -79,9 +79,14 @@ def _find_experiment(name: str, quick: bool) -> Path:
     if name not in shipped:
         near = nearest(name, shipped)
         hint = f"did you mean {near}? " if near else ""
-        raise InputError(f"experiment {name!r}: no such file: {hint}give a YAML file, or {' or '.join(shipped)}")
+        raise InputError(f"experiment {name!r}: no such file: {hint}give a YAML file or one of {', '.join(shipped)}")
     path = shipped[name]
-    return path.with_stem(f"{path.stem}_quick") if quick else path
+    if not quick:
+        return path
+    short = path.with_stem(f"{path.stem}_quick")
+    if not short.is_file():
+        raise InputError(f"--quick: {name} has no smoke test: leave it out, or take scenes")
+    return short
 
 
 def shipped_experiments() -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +16,8 @@ from lvrpo.config import Config, config_differences, load_config, parse_section,
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig, Compute, RunCost, count_cost
+from lvrpo.evaluation.suite import SAMPLING
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.reading import Record, path_exists, validate_type
 from lvrpo.records import read_record
@@ -106,6 +108,13 @@ class TestConfig(Config):
     """Prompts per benchmark, where it is not the default."""
     sampled_prompts: int = Field(default=280, ge=0)
     """Prompts per benchmark that are sampled 16 times, for pass@k and best of n."""
+    num_steps: int = Field(default=SAMPLING.num_steps, ge=1)
+    """Sampling steps per image, on the validation split too."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling parameters of every benchmark, apart from its temperature and guidance."""
+        return replace(SAMPLING, num_steps=self.num_steps)
 
 
 class Experiment(Config):

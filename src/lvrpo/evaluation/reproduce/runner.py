@@ -20,7 +20,6 @@ from lvrpo.evaluation.reproduce.compute import AnyConfig
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, code_version, list_jobs
 from lvrpo.evaluation.results import BEST_OF
 from lvrpo.evaluation.suite import (
-    SAMPLING,
     Benchmark,
     EvaluationOptions,
     cluster_of,
@@ -30,7 +29,7 @@ from lvrpo.evaluation.suite import (
 )
 from lvrpo.evaluation.tuning import TunedSampling, content_key, tune
 from lvrpo.metrics import best_of_n
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import FINAL, START, load_policy
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.records import BenchmarkRecord
@@ -55,7 +54,8 @@ Log = Callable[[str], None]
 
 def tune_on_validation(policy: Policy, experiment: Experiment) -> TunedSampling:
     """Tunes guidance and temperature on the validation split."""
-    return tune(policy, find_benchmarks(experiment.test.benchmarks), experiment.tuning.prompts)
+    test = experiment.test
+    return tune(policy, find_benchmarks(test.benchmarks), experiment.tuning.prompts, sampling=test.sampling)
 
 
 def _validation_score(tuned: TunedSampling) -> float:
@@ -79,26 +79,29 @@ def evaluate_on_test(
         prompts = benchmark.prompts(n)
         log(f"test: {benchmark.name}, {len(prompts)} prompts")
         fingerprint = _write_prompts(prompts, folder)
-        scored = _score(policy, benchmark, n, EvaluationOptions(test.sampled_prompts, tuned=tuned))
+        options = EvaluationOptions(test.sampled_prompts, tuned=tuned)
+        scored = _score(policy, benchmark, n, test.sampling, options)
         found[benchmark.name] = _to_outcome(scored, fingerprint).as_dict()
         plain = replace(benchmark, name=benchmark.name + UNGUIDED, fixed_sampling=True)
-        if all(_same(plain, prompt, tuned) for prompt in prompts):
+        if all(_same(plain, prompt, test.sampling, tuned) for prompt in prompts):
             found[plain.name] = benchmark.name  # identical settings
         else:
             found[plain.name] = _to_outcome(
-                _score(policy, plain, n, EvaluationOptions(0, tuned=tuned)), fingerprint
+                _score(policy, plain, n, test.sampling, EvaluationOptions(0, tuned=tuned)), fingerprint
             ).as_dict()
     return found
 
 
-def _score(policy: Policy, benchmark: Benchmark, n: int, options: EvaluationOptions) -> BenchmarkRecord:
-    result = evaluate(policy, [benchmark], sizes={benchmark.name: n}, options=options)
+def _score(
+    policy: Policy, benchmark: Benchmark, n: int, sampling: Sampling, options: EvaluationOptions
+) -> BenchmarkRecord:
+    result = evaluate(policy, [benchmark], sizes={benchmark.name: n}, sampling=sampling, options=options)
     return result.scored[benchmark.name]
 
 
-def _same(plain: Benchmark, prompt: Prompt, tuned: TunedSampling) -> bool:
+def _same(plain: Benchmark, prompt: Prompt, sampling: Sampling, tuned: TunedSampling) -> bool:
     """Whether the tuned settings of the prompt's task equal the benchmark's own."""
-    base = plain.sampling(SAMPLING)
+    base = plain.sampling(sampling)
     return tuned.apply(base, prompt.task) == base
 
 
