@@ -271,6 +271,11 @@ def add_config(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -
     parser.add_argument(
         "config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name such as quickstart"
     )
+    add_overrides(parser)
+
+
+def add_overrides(parser: Parser) -> None:
+    """section.key=value."""
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="settings that replace those of CONFIG"
     )

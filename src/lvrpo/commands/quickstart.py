@@ -90,6 +90,8 @@ def run(options: Options) -> None:
     started = time.monotonic()
     if options.resume is not None:
         refuse_given(options, OF_A_NEW_RUN, "a resumed run keeps its own: leave it out")
+        for override in options.overrides:
+            raise InputError(f"{override}: a resumed run keeps its own settings: leave it out")
         trainer = Trainer.resume(options.resume)
     else:
         config = training_config(options)

@@ -12,6 +12,7 @@ from lvrpo.commands.options import (
     Parser,
     add_base,
     add_config,
+    add_overrides,
     add_timeout,
     gibibytes,
     names,
@@ -131,6 +132,7 @@ def quickstart_options(parser: Parser) -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted quickstart")
     parser.add_argument("--no-baseline", action="store_true", help="skip the supervised baseline")
     parser.add_argument("--quick", action="store_true", help="smoke test: a few small steps; its numbers mean nothing")
+    add_overrides(parser)
 
 
 def check_quickstart_keys(options: Options) -> None:
@@ -147,7 +149,7 @@ def train_overrides(options: Options) -> list[str]:
         value = getattr(options, name)  # the options of these names
         if value is not None:
             overrides.append(f"{name}={value}")
-    return overrides
+    return [*overrides, *options.overrides]
 
 
 QUICKSTART = Command(
@@ -157,6 +159,7 @@ QUICKSTART = Command(
     "examples:\n"
     "  lvrpo quickstart --quick                      # half a minute, to see that everything works\n"
     "  lvrpo quickstart --seed 1 --out runs/seed1    # minutes on two cores\n"
+    "  lvrpo quickstart flow.kl_coef=0.5             # other settings\n"
     "  lvrpo quickstart --policy tiny-token          # a small Janus, which generates image tokens\n"
     "  lvrpo quickstart --policy tiny-masked         # a small Show-o, which unmasks image tokens",
     check_quickstart_keys,
