@@ -145,6 +145,18 @@ def test_the_page_says_what_there_is_and_what_there_is_not(folder: Path) -> None
     assert "not evidence" not in page
 
 
+def test_what_an_experiment_does_not_measure_is_left_out(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        raw = json.loads(path.read_text())
+        raw["benchmarks"] = {name: of for name, of in raw["benchmarks"].items() if not name.startswith("edit")}
+        path.write_text(json.dumps(raw))
+    lines = evidence_page(PLAN, Evidence.read(folder)).splitlines()
+    assert "## Edits" not in lines
+    assert "## Reasoning" in lines
+    assert not any(line.startswith("| edits |") for line in lines)
+    assert next(line for line in lines if line.startswith("| absent |")).count("not run") == len(MEASURES) - 1
+
+
 def test_too_few_seeds_are_marked(folder: Path) -> None:
     for base in ("three", "four", "five"):
         for path in folder.glob(f"*-{base}-*.json"):

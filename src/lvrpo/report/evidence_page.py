@@ -67,7 +67,7 @@ def evidence_page(plan: TablePlan, evidence: Evidence) -> str:
                 )
     parts = [f"# Evidence: {plan.name}", "", _head(plan, evidence), "", "## All rows", "", _overview(plan, evidence)]
     parts += [NOTES, "", "## Against the strongest rival", "", _against_strongest(plan, evidence)]
-    for measure in MEASURES:
+    for measure in _measured(plan, evidence):
         parts += [f"## {measure.heading[0].upper()}{measure.heading[1:]}", "", _of_measure(plan, measure, evidence)]
     parts += ["## What the change reaches", "", _generalization(plan, evidence), "", _collapse(plan, evidence), ""]
     parts += ["## Choices on validation", "", _choices(plan, evidence)]
@@ -119,15 +119,22 @@ def _joined(values: Any) -> str:  # Any: an iterable of numbers
 # --- tables ---
 
 
+def _measured(plan: TablePlan, evidence: Evidence) -> Sequence[Measure]:
+    """Those that a run has; all before the first run."""
+    found = [m for m in MEASURES if any(column(plan, name, m, evidence).known for name in plan.rows)]
+    return found or MEASURES
+
+
 def _overview(plan: TablePlan, evidence: Evidence) -> str:
-    heads = ("row", "what", "group", *(m.heading for m in MEASURES), "steps", "FLOPs a step", "FLOPs", "runs (bases)")
+    measures = _measured(plan, evidence)
+    heads = ("row", "what", "group", *(m.heading for m in measures), "steps", "FLOPs a step", "FLOPs", "runs (bases)")
     rows = []
     for name, row in plan.rows.items():
         runs = _summaries(plan, name, evidence)
         if not runs:
-            rows.append((name, row.about, row.group, *["not run"] * len(MEASURES), *[NONE] * 3, "0"))
+            rows.append((name, row.about, row.group, *["not run"] * len(measures), *[NONE] * 3, "0"))
             continue
-        cells = [_cell(plan, name, measure, evidence) for measure in MEASURES]
+        cells = [_cell(plan, name, measure, evidence) for measure in measures]
         rows.append((name, row.about, row.group, *cells, *_costs(row, runs), _count(runs)))
     return TextTable("", heads, tuple(rows)).markdown()
 
@@ -200,12 +207,12 @@ def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> St
 def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
     heads = ("measure", "strongest rival", "its score", plan.ours, "difference [95 %]", "detectable", "significant")
     rows = []
-    changes: list[tuple[StrongestRival | None, TwoWayInterval | None]] = []
-    for measure in MEASURES:
+    measures, changes = _measured(plan, evidence), list[tuple[StrongestRival | None, TwoWayInterval | None]]()
+    for measure in measures:
         rival = strongest_rival(plan, measure, evidence)
         changes.append((rival, None if rival is None else _minus(plan, plan.ours, rival.row, measure, evidence)))
     adjusted = holm([float("nan") if change is None else change.p for _, change in changes])
-    for measure, (rival, change), p in zip(MEASURES, changes, adjusted, strict=True):
+    for measure, (rival, change), p in zip(measures, changes, adjusted, strict=True):
         if rival is None or change is None:
             rows.append((measure.heading, *["not run"] * 2, *[NONE] * 4))
             continue
