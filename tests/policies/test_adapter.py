@@ -14,7 +14,15 @@ from torch import nn
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge, require_moved
+from lvrpo.policies.adapter import (
+    AdapterConfig,
+    InputDtypeLinear,
+    add_adapter,
+    base_fingerprint,
+    is_adapter,
+    merge,
+    require_moved,
+)
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
@@ -42,6 +50,29 @@ def train(policy: MoTPolicy, size: float = 0.05) -> None:
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape))
+
+
+def test_on_a_bfloat16_base_it_is_computed_in_bfloat16_and_trained_in_float32() -> None:
+    sizes = {"width": 32, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 32, "read_side": 4, "latent_side": 4}
+    towers = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
+    create_bagel(BagelSizes.model_validate(sizes | towers), ["a red circle"]).save(Path("base"))
+    policy = load_policy("base", dtype="bfloat16")
+    assert isinstance(policy, MoTPolicy)
+    add_adapter(policy, AdapterConfig(rank=2), "base")
+    train(policy)
+    both = [Prompt("g", "generate", ("a red circle",), ("image",)), Prompt("t", "reason", ("a circle",), ("text",))]
+    groups = policy.sample(both, SAMPLING, [0, 1])
+    matrices = [module for module in policy.modules() if isinstance(module, InputDtypeLinear)]
+    used: list[tuple[torch.dtype, torch.dtype]] = []
+    for matrix in matrices:
+        matrix.register_forward_hook(lambda _, x, y: used.append((x[0].dtype, y.dtype)))
+    replayed = policy.logprobs([trajectory for group in groups for trajectory in group.trajectories])
+    assert set(used) == {(torch.bfloat16, torch.bfloat16)}
+    torch.stack([row.logprobs.sum() for rows in replayed for row in rows]).sum().backward()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trained} == {id(matrix.weight) for matrix in matrices}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained if p.grad is not None)
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trained)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=["lora", "dora"])

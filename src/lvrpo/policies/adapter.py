@@ -198,7 +198,7 @@ def require_moved(policy: AdaptablePolicy, config: AdapterConfig, kinds: Collect
 
 
 def inject_adapter(policy: AdaptablePolicy, config: AdapterConfig, seed: int = 0) -> None:
-    """Injects a fresh adapter, float32; no other parameter stays trainable."""
+    """Injects a fresh adapter, float32, that multiplies in the dtype of the base; nothing else stays trainable."""
     peft, targets = peft_library(), config.targets(policy)
     policy.requires_grad_(False)
     settings = peft.LoraConfig(
@@ -216,9 +216,30 @@ def inject_adapter(policy: AdaptablePolicy, config: AdapterConfig, seed: int = 0
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):
             parameter.data = parameter.data.float()
+    for layer in _layers(policy).values():
+        if not config.dora:  # whose norms are float32
+            layer.cast_input_dtype_enabled = False
+            for matrices in (layer.lora_A, layer.lora_B):
+                matrices[NAME] = InputDtypeLinear(matrices[NAME].weight)
     if config.dora:  # peft initializes the norms at the base's dtype, but computes them in float32 in forward
         for layer in _layers(policy).values():
             layer.lora_magnitude_vector[NAME].weight.data = torch.linalg.norm(layer.weight.float(), dim=1)
+
+
+class InputDtypeLinear(nn.Module):
+    """A matrix (out, in) without bias that multiplies in the dtype of its input, whatever its own.
+
+    So a float32 adapter on a bfloat16 base is computed, and its inputs kept for the backward pass, in bfloat16.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 def is_adapter(name: str) -> bool:
