@@ -86,7 +86,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """Any: decoded JSON. Raises InputError for a dtype that weights do not have, ValueError for a wrong extent."""
     dtype, shape = str(entry["dtype"]), tuple(int(side) for side in entry["shape"])
-    known = {**DTYPES, "I64": torch.int64} if name.endswith(".num_batches_tracked") else DTYPES  # a count of BatchNorm
+    counts = name.endswith((".num_batches_tracked", ".power_vals"))  # of BatchNorm, of MAGVIT-v2: never read
+    known = {**DTYPES, "I64": torch.int64} if counts else DTYPES
     if dtype not in known:
         raise InputError(f"{path}: {name} has dtype {dtype}: use weights in {', '.join(DTYPES)}")
     first, last = entry["data_offsets"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from lvrpo.atomic_io import read_tensors, require_finite, require_weights, write_atomic, write_tensors
+from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import cached_folder
@@ -23,6 +24,8 @@ C = TypeVar("C", bound=Config)
 CONFIG, WEIGHTS = "config.json", "pytorch_model"
 STEMS = (WEIGHTS, "model", "diffusion_pytorch_model")
 """Names of a file of weights, without .safetensors."""
+COMPUTED = re.compile(r"inv_freq$|^quantize\.")
+"""Buffers in files, which follow from the sizes."""
 AUTOENCODER = "magvitv2"
 """Folder of the autoencoder in that of a model."""
 AUTOENCODER_ID = "showlab/magvitv2"
@@ -50,13 +53,7 @@ def find_part(folder: Path, name: str, source: str, field: str) -> Path:
 
 
 def load_weights(
-    folder: Path,
-    model: torch.nn.Module,
-    names: Mapping[str, str],
-    dtype: torch.dtype,
-    what: str,
-    *,
-    weights: bool = True,
+    folder: Path, model: torch.nn.Module, names: Mapping[str, str], dtype: torch.dtype, what: str, weights: bool
 ) -> None:
     """Gives a module without storage the weights of a folder. ``names``: those in the files, by the module's own.
 
@@ -76,31 +73,17 @@ def load_weights(
     model.load_state_dict(state, assign=True, strict=False)
 
 
-def load_autoencoder(folder: Path, codebook_size: int, *, weights: bool = True) -> Magvit:
-    """MAGVIT-v2 of a model's folder, of its configuration or of the Hub cache, float32, on the CPU.
-
-    ``weights``: whether they are read; parameters are on the meta device otherwise.
-    """
+def load_autoencoder(folder: Path, codebook_size: int, weights: bool) -> Magvit:
+    """MAGVIT-v2 of a model's folder, of its configuration or of the Hub cache, float32; see ``load_weights``."""
     part = find_part(folder, AUTOENCODER, AUTOENCODER_ID, "autoencoder")
-    path, what = part / CONFIG, "MAGVIT-v2"
+    path = part / CONFIG
     sizes = read_settings(MagvitConfig, read_json_object(path), path)
     if sizes.codes != codebook_size:
         raise InputError(f"{path}: has {sizes.codes} codes, codebook_size={codebook_size}: use one model's files")
     with torch.device("meta"):
         magvit = Magvit(sizes)
-    if not weights:
-        return magvit
-    _require_safetensors(part, f"the weights of {what}")
-    file = next((part / f"{stem}.safetensors" for stem in STEMS if (part / f"{stem}.safetensors").is_file()), None)
-    if file is None:
-        raise InputError(f"{part}: holds no {WEIGHTS}.safetensors, the weights of {what}: copy it there")
-    found, _ = read_tensors(file, "fetch the file again")
-    found = {name: tensor for name, tensor in found.items() if not name.startswith("quantize.")}  # follows from sizes
-    shapes = {name: tuple(tensor.shape) for name, tensor in magvit.state_dict().items()}
-    _require_fit(part, shapes, {name: tuple(tensor.shape) for name, tensor in found.items()}, what)
-    for name, tensor in found.items():
-        require_weights(file, name, tensor, "fetch the file again")
-    magvit.load_state_dict({name: found[name].float() for name in shapes}, assign=True)
+    names = {name: name for name in magvit.state_dict()}
+    load_weights(part, magvit, names, torch.float32, "MAGVIT-v2", weights)
     return magvit
 
 
@@ -166,7 +149,7 @@ def _require_fit(
         raise InputError(f"{folder}: holds the weights of another model: use the files of {what}")
     if missing := sorted(shapes.keys() - stored.keys()):
         raise InputError(f"{folder}: its weights lack {missing[0]} ({len(missing)} are missing): restore the folder")
-    if further := sorted(name for name in stored.keys() - shapes.keys() if not name.endswith("inv_freq")):
+    if further := sorted(name for name in stored.keys() - shapes.keys() if not COMPUTED.search(name)):
         raise InputError(f"{folder}: its weights hold {further[0]}, which its configuration has not: use one model's")
     for name, shape in shapes.items():
         if stored[name] != shape:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
+from lvrpo.atomic_io import write_atomic
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.policies.magvit.autoencoder import Magvit
+from lvrpo.policies.magvit.checkpoint import CONFIG, save_autoencoder
 from lvrpo.policies.magvit.layout import RowBatch, TokenLayout, square
 from lvrpo.policies.tile_codebook import TileCodebook
+from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.policies.transformers_policy import (
     THINK_THEN_ANSWER,
     THINK_THEN_DRAW,
@@ -55,6 +58,11 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     kind: ClassVar[str]
     """Name of the model in messages, such as "a Show-o"."""
     layout: L
+    load_parts: ClassVar[Callable[[Path, torch.dtype, bool], tuple[Any, Magvit, Any, dict[str, Any]]]]
+    """Transformer at a dtype, autoencoder (float32), layout and config.json of a folder, on the CPU.
+
+    The flag says whether weights are read; parameters are on the meta device otherwise. Raises InputError, one line.
+    Any: of an optional package; a layout; decoded JSON."""
 
     def __init__(
         self, model: Any, magvit: Magvit, layout: L, stored: Mapping[str, Any], tiles: TileCodebook | None = None
@@ -82,22 +90,25 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     @abstractmethod
     def save_parts(self, folder: Path) -> None:
-        """Writes the published layout into a folder."""
+        """Writes the weights of the transformer and the files of the tokenizer, as published."""
 
     # --- files ---
 
     def save_model(self, folder: Path) -> None:
-        """Writes the published layout, and the codebook of a policy that has one of its own."""
+        """Writes the published layout, with the autoencoder in a subfolder, and the policy's own codebook, if any."""
         folder.mkdir(parents=True, exist_ok=True)
         self.save_parts(folder)
+        save_autoencoder(self.magvit, folder)
+        write_atomic(folder / CONFIG, json_bytes(self.stored))
         if self.tiles is not None:
             self.tiles.save(folder)
 
     @classmethod
-    def with_stored_tiles(cls, folder: Path, model: Any, magvit: Magvit, layout: L, stored: Mapping[str, Any]) -> Self:
-        """The policy of these parts and the codebook that ``save_model`` wrote, if any. Any: as of ``__init__``."""
-        sizes = magvit.config
-        return cls(model, magvit, layout, stored, TileCodebook.load(folder, sizes.codes, sizes.patch_size))
+    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
+        """See ``TransformersPolicy.read_folder``."""
+        model, magvit, layout, stored = cls.load_parts(folder, dtype, weights)
+        tiles = TileCodebook.load(folder, magvit.config.codes, magvit.config.patch_size)
+        return cls(model, magvit, layout, stored, tiles)
 
     # --- sizes ---
 

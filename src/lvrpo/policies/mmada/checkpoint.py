@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.magvit.autoencoder import Magvit
@@ -21,11 +19,9 @@ from lvrpo.policies.magvit.checkpoint import (
     load_weights,
     read_settings,
     require_square,
-    save_autoencoder,
-    save_weights,
 )
+from lvrpo.policies.magvit.layout import TOKENIZER_FILES, stored_files
 from lvrpo.policies.mmada.layout import FIRST_MARKER, MmadaLayout
-from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.reading import read_json_object
 
 WEIGHTS = "model.safetensors"
@@ -98,33 +94,23 @@ class MmadaConfig(Config):
         return self.embedding_size or self.vocab_size
 
 
-def load_mmada(
-    folder: Path, dtype: torch.dtype, *, weights: bool = True
-) -> tuple[Any, Magvit, MmadaLayout, dict[str, Any]]:
-    """Transformer at a dtype, autoencoder (float32), layout and config.json of a folder, on the CPU.
-
-    ``weights``: whether they are read; parameters are on the meta device otherwise. Any: of an optional package;
-    decoded JSON. Raises InputError, one line, for what is missing, damaged or does not fit.
-    """
+def load_mmada(folder: Path, dtype: torch.dtype, weights: bool) -> tuple[Any, Magvit, MmadaLayout, dict[str, Any]]:
+    """See ``MagvitPolicy.load_parts``; docs/guides/mmada.md says where its autoencoder is looked for. Any: as there."""
     stored = read_json_object(folder / CONFIG)
     config = read_settings(MmadaConfig, stored, folder / CONFIG)
-    magvit = load_autoencoder(folder, config.codebook_size, weights=weights)
-    layout = MmadaLayout.load(folder, config.codebook_size, config.mask_token_id, config.first_marker_id)
-    require_room(config, layout, folder)
-    model = empty_transformer(config, folder / CONFIG)
-    load_weights(folder, model, stored_names(model), dtype, "an MMaDA", weights=weights)
-    if config.weight_tying:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model, magvit, layout, stored | {"num_vq_tokens": config.num_vq_tokens}
-
-
-def require_room(config: MmadaConfig, layout: MmadaLayout, folder: Path) -> None:
-    """Raises InputError unless the vocabulary holds the text and image tokens."""
+    magvit = load_autoencoder(folder, config.codebook_size, weights)
+    files = stored_files(folder, TOKENIZER_FILES)
+    layout = MmadaLayout.from_files(files, folder, config.codebook_size, config.mask_token_id, config.first_marker_id)
     if config.vocabulary < (needed := layout.first_code + layout.codes):
         raise InputError(
             f"{folder / CONFIG}: vocab_size={config.vocabulary}: {layout.first_code} text tokens and {layout.codes} "
             f"image tokens are {needed}: use the files of one MMaDA"
         )
+    model = empty_transformer(config, folder / CONFIG)
+    load_weights(folder, model, stored_names(model), dtype, "an MMaDA", weights)
+    if config.weight_tying:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model, magvit, layout, stored | {"num_vq_tokens": config.num_vq_tokens}
 
 
 def empty_transformer(config: MmadaConfig, path: Path) -> Any:
@@ -162,12 +148,3 @@ def stored_names(model: Any) -> dict[str, str]:
     if model.config.tie_word_embeddings:
         names.pop("lm_head.weight")
     return names
-
-
-def save_mmada(model: Any, magvit: Magvit, layout: MmadaLayout, stored: Mapping[str, Any], folder: Path) -> None:
-    """Writes a whole folder. ``stored``: the content of config.json. Any: an optional package; what JSON may hold."""
-    tensors = model.state_dict()
-    save_weights({theirs: tensors[own] for own, theirs in stored_names(model).items()}, folder / WEIGHTS)
-    layout.save(folder)
-    save_autoencoder(magvit, folder)
-    write_atomic(folder / CONFIG, json_bytes(stored))

@@ -13,13 +13,11 @@ from tokenizers import AddedToken
 from lvrpo.errors import InputError
 from lvrpo.policies.magvit.layout import (
     TOKENIZER,
-    TOKENIZER_FILES,
     RowBatch,
     TokenLayout,
     filled,
     read_tokenizer,
     special_token,
-    stored_files,
 )
 
 MARKERS = (
@@ -94,13 +92,8 @@ class MmadaLayout(TokenLayout):
         return RowBatch(ids, places, valid[:, None, :].expand(-1, most, -1), valid)
 
     @classmethod
-    def load(cls, folder: Path, codes: int, mask: int, first_marker: int) -> Self:
-        """Loads the tokenizer files of a folder; raises InputError, one line, for missing or damaged ones."""
-        return cls.from_files(stored_files(folder, TOKENIZER_FILES), folder, codes, mask, first_marker)
-
-    @classmethod
     def from_files(cls, files: Mapping[str, bytes], folder: Path, codes: int, mask: int, first_marker: int) -> Self:
-        """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
+        """Of the contents of a folder's files; raises InputError, one line, for missing or damaged ones."""
         tokenizer = read_tokenizer(files, folder, OWNER)
         missing = [name for name in TURN if tokenizer.token_to_id(name) is None]
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])

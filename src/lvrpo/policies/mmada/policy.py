@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.magvit.checkpoint import save_weights
 from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.masked_text import MaskedPass, MaskedTextPolicy
-from lvrpo.policies.mmada.checkpoint import load_mmada, save_mmada, stored_name
+from lvrpo.policies.mmada.checkpoint import WEIGHTS, load_mmada, stored_name, stored_names
 from lvrpo.policies.mmada.layout import MmadaLayout
 from lvrpo.types import TaskKind, TextSegment, Trajectory
 
@@ -27,6 +28,7 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
     """
 
     kind: ClassVar[str] = "an MMaDA"
+    load_parts = staticmethod(load_mmada)
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.[qkvo]_proj",
         "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(gate|up|down)_proj",
@@ -82,10 +84,7 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         return stored_name(name.removeprefix("model."))
 
     def save_parts(self, folder: Path) -> None:
-        """Writes the published layout, with the autoencoder in a subfolder."""
-        save_mmada(self.model, self.magvit, self.layout, self.stored, folder)
-
-    @classmethod
-    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
-        """See ``TransformersPolicy.read_folder``; docs/guides/mmada.md says where its autoencoder is looked for."""
-        return cls.with_stored_tiles(folder, *load_mmada(folder, dtype, weights=weights))
+        """See ``MagvitPolicy.save_parts``."""
+        tensors = self.model.state_dict()
+        save_weights({theirs: tensors[own] for own, theirs in stored_names(self.model).items()}, folder / WEIGHTS)
+        self.layout.save(folder)

@@ -9,24 +9,20 @@ from typing import Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.magvit.autoencoder import Magvit
 from lvrpo.policies.magvit.checkpoint import (
     CONFIG,
-    WEIGHTS,
     empty_causal_lm,
     find_part,
     load_autoencoder,
     load_weights,
     read_settings,
     require_square,
-    save_autoencoder,
-    save_weights,
 )
+from lvrpo.policies.magvit.layout import TOKENIZER_FILES, stored_files
 from lvrpo.policies.showo.layout import MARKERS, ShowoLayout
-from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.reading import read_json_object
 
 LANGUAGE = "phi-1_5"
@@ -62,25 +58,20 @@ class ShowoConfig(Config):
         return self
 
 
-def load_showo(
-    folder: Path, dtype: torch.dtype, *, weights: bool = True
-) -> tuple[Any, Magvit, ShowoLayout, dict[str, Any]]:
-    """Transformer at a dtype, autoencoder (float32), layout and config.json of a folder, on the CPU.
-
-    ``weights``: whether they are read; parameters are on the meta device otherwise. Any: of an optional package;
-    decoded JSON. Raises InputError, one line, for what is missing, damaged or does not fit.
-    """
+def load_showo(folder: Path, dtype: torch.dtype, weights: bool) -> tuple[Any, Magvit, ShowoLayout, dict[str, Any]]:
+    """See ``MagvitPolicy.load_parts``; docs/guides/showo.md says where its parts are looked for. Any: as there."""
     stored = read_json_object(folder / CONFIG)
     config = read_settings(ShowoConfig, stored, folder / CONFIG)
     language = find_part(folder, LANGUAGE, config.llm_model_path, "llm_model_path")
-    magvit = load_autoencoder(folder, config.codebook_size, weights=weights)
-    layout = ShowoLayout.load(language, config.llm_vocab_size, config.codebook_size)
+    magvit = load_autoencoder(folder, config.codebook_size, weights)
+    files = stored_files(language, (*TOKENIZER_FILES, CONFIG))
+    layout = ShowoLayout.from_files(files, language, config.llm_vocab_size, config.codebook_size)
     phi = read_json_object(language / CONFIG)
     if phi.get("model_type") != "phi":
         raise InputError(f"{language}: holds a model of type {phi.get('model_type')!r}, not 'phi': use that of Phi-1.5")
     model = empty_transformer(phi, config.vocab_size, language / CONFIG)
     names = {name: PREFIX + name for name in model.state_dict()}
-    load_weights(folder, model, names, dtype, "a Show-o", weights=weights)
+    load_weights(folder, model, names, dtype, "a Show-o", weights)
     return model, magvit, layout, stored
 
 
@@ -88,13 +79,3 @@ def empty_transformer(phi: Mapping[str, Any], vocabulary: int, path: Path) -> An
     """A PhiForCausalLM with Show-o's layer norms of queries and keys, without storage. Any: of an optional package."""
     changed = {"vocab_size": vocabulary, "qk_layernorm": True, "tie_word_embeddings": False, "pad_token_id": None}
     return empty_causal_lm("Phi", {**phi, **changed}, path, "a Show-o")
-
-
-def save_showo(model: Any, magvit: Magvit, layout: ShowoLayout, stored: Mapping[str, Any], folder: Path) -> None:
-    """Writes a whole folder. ``stored``: the content of config.json. Any: an optional package; what JSON may hold."""
-    state = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-    save_weights(state, folder / f"{WEIGHTS}.safetensors")
-    (folder / LANGUAGE).mkdir(exist_ok=True)
-    layout.save(folder / LANGUAGE)
-    save_autoencoder(magvit, folder)
-    write_atomic(folder / CONFIG, json_bytes(stored))

@@ -12,13 +12,11 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.magvit.layout import (
     TOKENIZER,
-    TOKENIZER_FILES,
     RowBatch,
     TokenLayout,
     filled,
     read_tokenizer,
     special_token,
-    stored_files,
 )
 
 MARKERS = (
@@ -93,13 +91,8 @@ class ShowoLayout(TokenLayout):
         return replace(batch, places=torch.arange(HEAD - most, HEAD).expand(len(contexts), -1))
 
     @classmethod
-    def load(cls, folder: Path, text_size: int, codes: int) -> Self:
-        """Loads the tokenizer files of a folder; raises InputError, one line, for missing or damaged ones."""
-        return cls.from_files(stored_files(folder, (*TOKENIZER_FILES, "config.json")), folder, text_size, codes)
-
-    @classmethod
     def from_files(cls, files: Mapping[str, bytes], folder: Path, text_size: int, codes: int) -> Self:
-        """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
+        """Of the contents of a folder's files; raises InputError, one line, for missing or damaged ones."""
         tokenizer = read_tokenizer(files, folder, OWNER)
         if tokenizer.get_vocab_size() != text_size:
             raise InputError(

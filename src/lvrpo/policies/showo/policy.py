@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.decoding import Decoder, generate_text, read_rows, text_segment
+from lvrpo.policies.magvit.checkpoint import WEIGHTS, save_weights
 from lvrpo.policies.magvit.layout import RowBatch
 from lvrpo.policies.magvit.policy import MagvitPolicy
-from lvrpo.policies.showo.checkpoint import load_showo, save_showo
+from lvrpo.policies.showo.checkpoint import LANGUAGE, PREFIX, load_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
 from lvrpo.sampling import derive_seed, token_scores, uniform_noise
 from lvrpo.types import Segment, SegmentLogprobs, TaskKind
@@ -26,6 +27,7 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
     """
 
     kind: ClassVar[str] = "a Show-o"
+    load_parts = staticmethod(load_showo)
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.([qkv]_proj|dense)",
         "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(fc1|fc2)",
@@ -129,10 +131,8 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         return "showo." + name.removeprefix("model.")
 
     def save_parts(self, folder: Path) -> None:
-        """Writes the published layout, with the language model and the autoencoder in subfolders."""
-        save_showo(self.model, self.magvit, self.layout, self.stored, folder)
-
-    @classmethod
-    def read_folder(cls, folder: Path, dtype: torch.dtype, *, weights: bool) -> Self:
-        """See ``TransformersPolicy.read_folder``; docs/guides/showo.md says where its parts are looked for."""
-        return cls.with_stored_tiles(folder, *load_showo(folder, dtype, weights=weights))
+        """See ``MagvitPolicy.save_parts``; the tokenizer is in the subfolder of the language model."""
+        state = {PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
+        save_weights(state, folder / f"{WEIGHTS}.safetensors")
+        (folder / LANGUAGE).mkdir(exist_ok=True)
+        self.layout.save(folder / LANGUAGE)
