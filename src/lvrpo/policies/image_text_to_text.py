@@ -21,10 +21,10 @@ from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts, announce
 from lvrpo.policies.decoding import Decoder, generate_text, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
+from lvrpo.policies.tokenizer_files import StoredFiles, stored_files
 from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, require_same_pictures, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, require_room
-from lvrpo.reading import read_bytes
 from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -66,7 +66,7 @@ class ReadPrompt:
     """Inputs of the vision encoder by name."""
 
 
-class Chat:
+class Chat(StoredFiles):
     """A processor of transformers with its chat template; never changed after it is made."""
 
     def __init__(self, processor: Any, files: Mapping[str, bytes], folder: Path) -> None:
@@ -77,9 +77,6 @@ class Chat:
             {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         )
         self._kept: OrderedDict[Hashable, ReadPrompt] = OrderedDict()
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
 
     def read(self, parts: Parts) -> ReadPrompt:
         """A user's message and the start of the answer, by the chat template."""
@@ -133,11 +130,6 @@ class Chat:
         if found := next((marker for marker in self.markers if marker in text), None):
             raise InputError(f"{text[:40]!r}: holds {found}, a marker of the model: leave it out")
 
-    def save(self, folder: Path) -> None:
-        """Writes the files that it was read from."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-
     @classmethod
     def load(cls, folder: Path, template: str | None = None) -> Self:
         """Raises InputError, one line, where files are missing or damaged, or there is no chat template.
@@ -168,8 +160,7 @@ class Chat:
             raise InputError(
                 f"{folder}: has no chat template: copy chat_template.jinja (or .json) from a fine-tuned model of chats"
             )
-        files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).is_file()}
-        return cls(processor, files, folder)
+        return cls(processor, stored_files(folder, FILES), folder)
 
 
 class ImageTextToTextPolicy(TransformersPolicy):
@@ -245,7 +236,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 read = self._read(rows)
                 decoder, owner = read.copy(), _places(rows)
                 decoder.reserve(new)
-                texts = generate_text(decoder, owner, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
+                same = nn.Identity()  # the decoder takes ids and gives logits
+                texts = generate_text(decoder, owner, same, same, self.end_ids, u, sampling.temperature, self.allowed)
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
                     segment = self.make_segment(ids, sampling.temperature)
                     drawn.append(Trajectory(prompt, m, (segment,), seed))
@@ -424,7 +416,6 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``AutoModelForImageTextToText.from_pretrained`` reads too."""
-        folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.chat.save(folder)
 
@@ -440,10 +431,6 @@ class ImageTextToTextPolicy(TransformersPolicy):
         chat = Chat.load(folder)
         require_same_pictures(folder, chat.processor, config)
         return cls(load_model(folder, dtype, KIND, weights=weights), chat)
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 def _places(prompts: Sequence[ReadPrompt]) -> list[int]:

@@ -21,11 +21,11 @@ from torch.nn import functional
 from lvrpo.atomic_io import read_weights, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
-from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.mot.model_runner import Grid
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
 from lvrpo.policies.patches import patchify, unpatchify
+from lvrpo.policies.tokenizer_files import parse_tokenizer
 from lvrpo.reading import JSON_BYTES, read_bytes, read_json_object
 from lvrpo.types import Image
 

@@ -114,6 +114,7 @@ def save_model(model: Any, folder: Path) -> None:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, torch.Tensor] = {}
     known: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -16,9 +16,9 @@ def transformers_library(what: str) -> Any:
 
 
 @contextmanager
-def quiet_loading(transformers: Any) -> Iterator[None]:
-    """Suppresses progress bars, logs below errors, and warnings. Any: the optional package."""
-    log = transformers.utils.logging
+def quiet_loading(library: Any) -> Iterator[None]:
+    """Suppresses progress bars, logs below errors, and warnings. Any: transformers, or diffusers."""
+    log = library.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()

@@ -11,8 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lvrpo.errors import InputError
-from lvrpo.policies.byte_level import parse_tokenizer
-from lvrpo.reading import read_bytes
+from lvrpo.policies.tokenizer_files import StoredFiles, parse_tokenizer, stored_files
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Begin and end of a text, begin and end of an image."""
@@ -24,7 +23,7 @@ _SPLIT = (
 """The pre-tokenizer of Qwen2."""
 
 
-class BagelTokenizer:
+class BagelTokenizer(StoredFiles):
     """A tokenizer that never adds markers by itself; never changed after it is made."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, files: Mapping[str, bytes]) -> None:
@@ -45,9 +44,6 @@ class BagelTokenizer:
                 "use the tokenizer and the weights of one model"
             )
         return number
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
 
     def encode(self, text: str) -> list[int]:
         """Ids without markers."""
@@ -70,14 +66,10 @@ class BagelTokenizer:
         """None: the published model suppresses no token."""
         return torch.zeros(self.vocabulary_size, dtype=torch.bool)
 
-    def save(self, folder: Path) -> None:
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-
     @classmethod
     def load(cls, folder: Path, vocabulary_size: int) -> Self:
         """Loads tokenizer.json, or vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
-        files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
+        files = stored_files(folder, FILES)
         if "tokenizer.json" in files:
             tokenizer = parse_tokenizer(files["tokenizer.json"], folder / "tokenizer.json")
         elif "vocab.json" in files and "merges.txt" in files:

@@ -197,17 +197,8 @@ def diffusers_library() -> Any:
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Suppresses progress bars, logs below errors, and warnings of both libraries."""
-    log = diffusers_library().utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with quiet_loading(transformers_library("a text encoder")), _quiet_logs():
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
+    with quiet_loading(diffusers_library()), quiet_loading(transformers_library("a text encoder")), _quiet_logs():
+        yield
 
 
 @contextmanager

@@ -198,7 +198,6 @@ class Emu3Policy(ImageTokenPolicy):
 
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``Emu3ForConditionalGeneration.from_pretrained`` reads too."""
-        folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.chat.save(folder)
 

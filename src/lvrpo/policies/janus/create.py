@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, processors
 
-from lvrpo.policies.byte_level import LanguageSizes, learn_tokenizer
+from lvrpo.policies.byte_level import LanguageSizes, PictureSizes, learn_tokenizer
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor
 from lvrpo.policies.transformers_checkpoint import json_bytes
@@ -29,25 +29,17 @@ VQ_CHANNELS = 32
 """Channels of the autoencoder: the minimum for its group norms."""
 
 
-class JanusSizes(LanguageSizes):
+class JanusSizes(PictureSizes, LanguageSizes):
     """Sizes of a random Janus."""
 
     vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
     vision_depth: int = Field(default=2, ge=1, le=1000)
     vision_heads: int = Field(default=2, ge=1, le=1000)
-    image_size: int = Field(default=32, ge=8, le=1024)
-    """Side of a picture that is read or drawn."""
-    patch_size: int = Field(default=8, ge=2, le=64)
-    """A power of two: pixels along a side of a patch that is read and of a token that is drawn."""
     codes: int = Field(default=64, ge=2, le=1_000_000)
     """Different image tokens."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
         if self.vision_width % self.vision_heads:
             raise ValueError(
                 f"vision_heads={self.vision_heads}: a width of {self.vision_width} is not divided evenly: use another "
@@ -65,11 +57,8 @@ def create_janus(sizes: JanusSizes, texts: Sequence[str] = ()) -> JanusPolicy:
         torch.manual_seed(sizes.seed)
         model = transformers.JanusForConditionalGeneration(janus_config(transformers, sizes, ids["image_token"]))
     model.generation_config = transformers.GenerationConfig(**_generation(ids))
-    side = sizes.image_size // sizes.patch_size
-    files = processor_files(tokenizer, sizes, ids)
-    return JanusPolicy(
-        model, Processor.from_files(files, Path("janus-tiny"), side * side, sizes.image_size, sizes.vocabulary_size)
-    )
+    files, about = processor_files(tokenizer, sizes, ids), (sizes.image_tokens, sizes.image_size, sizes.vocabulary_size)
+    return JanusPolicy(model, Processor.from_files(files, Path("janus-tiny"), *about))
 
 
 def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
@@ -77,7 +66,6 @@ def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
     from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
     spread = sizes.width**-0.5  # weights that are seen in the logits: a prompt moves them, and so does a picture
-    tokens = (sizes.image_size // sizes.patch_size) ** 2
     levels = round(math.log2(sizes.patch_size)) + 1
     return transformers.JanusConfig(
         text_config=transformers.LlamaConfig(
@@ -100,7 +88,7 @@ def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
             image_size=sizes.image_size,
             patch_size=sizes.patch_size,
             projection_dim=sizes.width,
-            num_image_tokens=tokens,
+            num_image_tokens=sizes.image_tokens,
             mlp_ratio=2.0,
             initializer_range=sizes.vision_width**-0.5,
         ),
@@ -166,13 +154,17 @@ def processor_files(tokenizer: Tokenizer, sizes: JanusSizes, ids: dict[str, int]
         "rescale_factor": 1 / 255,
         "size": {"height": side, "width": side},
     }
-    tokens = (side // sizes.patch_size) ** 2
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json_bytes(named),
         "chat_template.jinja": TEMPLATE.encode(),
         "preprocessor_config.json": json_bytes(pictures),
-        "processor_config.json": json_bytes({"num_image_tokens": tokens, "processor_class": "JanusProcessor"}),
+        "processor_config.json": json_bytes(
+            {
+                "num_image_tokens": sizes.image_tokens,
+                "processor_class": "JanusProcessor",
+            }
+        ),
         "generation_config.json": json_bytes(_generation(ids)),
     }
 

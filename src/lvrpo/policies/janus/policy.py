@@ -12,8 +12,9 @@ from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Expert, Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
-from lvrpo.policies.janus.processor import PATCH, Processor
+from lvrpo.policies.janus.processor import FILES, PATCH, Processor
 from lvrpo.policies.tile_codebook import TileCodebook
+from lvrpo.policies.tokenizer_files import stored_files
 from lvrpo.policies.transformers_checkpoint import load_model, save_model
 from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
@@ -47,11 +48,8 @@ class JanusPolicy(ImageTokenPolicy):
         super().__init__(model)
         self.processor = processor
         self.tiles = tiles
-        vision, self.end_id, self.pad_id = (
-            model.config.vision_config,
-            processor.ids["eos_token"],
-            processor.ids["pad_token"],
-        )
+        vision = model.config.vision_config
+        self.end_id, self.pad_id = processor.ids["eos_token"], processor.ids["pad_token"]
         self.side = int(vision.image_size)
         self.token_side = self.side // round(vision.num_image_tokens**0.5)
         model.model.vqmodel.requires_grad_(False)
@@ -172,7 +170,6 @@ class JanusPolicy(ImageTokenPolicy):
 
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``JanusForConditionalGeneration.from_pretrained`` reads too."""
-        folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.processor.save(folder)
         if self.tiles is not None:
@@ -189,7 +186,8 @@ class JanusPolicy(ImageTokenPolicy):
                 f"{folder / 'config.json'}: num_image_tokens={vision.num_image_tokens}: pictures of {side} x {side} in "
                 f"patches of {patch} x {patch} have {(side // patch) ** 2}: restore the file"
             )
-        processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
+        files = stored_files(folder, FILES)
+        processor = Processor.from_files(files, folder, vision.num_image_tokens, vision.image_size, vocabulary)
         patch_size = round(vision.image_size / vision.num_image_tokens**0.5)
         tiles = TileCodebook.load(folder, model.config.vq_config.num_embeddings, patch_size)
         return cls(model, processor, tiles)

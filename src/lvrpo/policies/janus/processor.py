@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
-from lvrpo.policies.byte_level import parse_tokenizer
-from lvrpo.reading import parse_json, read_bytes
+from lvrpo.policies.tokenizer_files import StoredFiles, parse_tokenizer
+from lvrpo.reading import parse_json
 from lvrpo.types import Image, Parts
 
 FILES = (
@@ -106,7 +106,7 @@ def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Processor:
+class Processor(StoredFiles):
     """Tokenizer, chat template and picture settings of a folder; never changed after it is made."""
 
     tokenizer: Tokenizer
@@ -121,9 +121,6 @@ class Processor:
     """Patches of a picture that is read."""
     vocabulary_size: int
     files: Mapping[str, bytes]
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
 
     def prompt(self, parts: Parts, draws: bool) -> list[int]:
         """Ids of a user's message and the start of the answer, ``PATCH`` once per patch of a picture.
@@ -180,25 +177,14 @@ class Processor:
             )
         return ids
 
-    def save(self, folder: Path) -> None:
-        """Writes the files that it was read from."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-
-    @classmethod
-    def load(cls, folder: Path, patches: int, side: int, vocabulary_size: int) -> Self:
-        """Loads the files of a folder; ``patches`` and ``side`` are those of its config.json.
-
-        Raises InputError, one line, for files that are missing, damaged or of another model.
-        """
-        files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
-        return cls.from_files(files, folder, patches, side, vocabulary_size)
-
     @classmethod
     def from_files(
         cls, files: Mapping[str, bytes], folder: Path, patches: int, side: int, vocabulary_size: int
     ) -> Self:
-        """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
+        """Of the contents of a folder's files; ``patches`` and ``side`` are those of its config.json.
+
+        Raises InputError, one line, for files that are missing, damaged or of another model.
+        """
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if name not in files:
                 raise InputError(f"{folder}: holds no {name}: copy it from the published folder")

@@ -68,7 +68,7 @@ def load_weights(
     found = find_tensors(folder, STEMS, role)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in names}
     shapes = {names[name]: shape for name, shape in own.items()}
-    _require_fit(folder, shapes, {name: tensor.shape for name, tensor in found.items()}, what)
+    require_fit(folder, shapes, {name: tensor.shape for name, tensor in found.items()}, what)
     state = {name: found[names[name]].read(dtype) for name in own}
     model.load_state_dict(state, assign=True, strict=False)
 
@@ -141,7 +141,7 @@ def _require_safetensors(folder: Path, role: str) -> None:
         )
 
 
-def _require_fit(
+def require_fit(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
     """Raises InputError unless a file holds exactly these tensors."""

@@ -6,15 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from tokenizers import Tokenizer
 
 from lvrpo.errors import InputError
-from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.janus.processor import resize_in_8_bits
-from lvrpo.reading import parse_json, read_bytes
+from lvrpo.policies.tokenizer_files import StoredFiles, parse_tokenizer
+from lvrpo.reading import parse_json
 from lvrpo.types import Image
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -30,7 +29,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, eq=False)
-class TokenLayout(ABC):
+class TokenLayout(StoredFiles, ABC):
     """Tokenizer and vocabulary of a model; never changed after it is made."""
 
     tokenizer: Tokenizer
@@ -41,9 +40,6 @@ class TokenLayout(ABC):
     end: int
     """The token after a text."""
     files: Mapping[str, bytes]
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
 
     # --- what a model says ---
 
@@ -116,13 +112,6 @@ class TokenLayout(ABC):
         image = [self.mask if code < 0 else code + self.first_code for code in codes]
         return [*caption, self.marker("<|soi|>"), *image, self.marker("<|eoi|>")]
 
-    # --- files ---
-
-    def save(self, folder: Path) -> None:
-        """Writes the files that it was read from."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-
 
 @dataclass(frozen=True)
 class RowBatch:
@@ -147,11 +136,6 @@ def filled(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[torch.T
         ids[i, first : first + len(row)] = torch.tensor(row)
         valid[i, first : first + len(row)] = True
     return ids, valid
-
-
-def stored_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The contents of those of the files that a folder has."""
-    return {name: read_bytes(folder / name, "restore it") for name in names if (folder / name).exists()}
 
 
 def read_tokenizer(files: Mapping[str, bytes], folder: Path, owner: str) -> Tokenizer:

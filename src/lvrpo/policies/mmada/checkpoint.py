@@ -20,8 +20,9 @@ from lvrpo.policies.magvit.checkpoint import (
     read_settings,
     require_square,
 )
-from lvrpo.policies.magvit.layout import TOKENIZER_FILES, stored_files
+from lvrpo.policies.magvit.layout import TOKENIZER_FILES
 from lvrpo.policies.mmada.layout import FIRST_MARKER, MmadaLayout
+from lvrpo.policies.tokenizer_files import stored_files
 from lvrpo.reading import read_json_object
 
 WEIGHTS = "model.safetensors"

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
-from lvrpo.policies.byte_level import parse_tokenizer
 from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, empty_part, link_file, quiet_diffusers
+from lvrpo.policies.magvit.checkpoint import require_fit
 from lvrpo.policies.safetensors_reader import StoredTensor, find_tensors
 from lvrpo.policies.showo2.model import Showo2Model, Showo2Sizes
+from lvrpo.policies.tokenizer_files import StoredFiles, parse_tokenizer
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_bytes, read_json_object
@@ -38,7 +39,7 @@ COPIED = ("llm/config.json", "llm/tokenizer.json", "vision/config.json")
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Parts(StoredFiles):
     """The components of a Show-o2 besides its network; immutable."""
 
     config: Mapping[str, Any]
@@ -52,9 +53,6 @@ class Parts:
     """``COPIED``."""
     folder: Path | None
     """Folder that the autoencoder was loaded from; None: it is new."""
-
-    def __deepcopy__(self, memo: object) -> Parts:
-        return self
 
 
 def load_parts(folder: Path, dtype: torch.dtype, *, weights: bool = True) -> tuple[Showo2Model, Parts]:
@@ -140,21 +138,10 @@ def _read(
     folder: Path, stored: Mapping[str, StoredTensor], model: Showo2Model, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The tensors of the weights at a dtype, each compared with the shape that the network has."""
-    state: dict[str, torch.Tensor] = {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {"showo.lm_head.weight"} if model.config.tie_word_embeddings else set()
-    for name, shape in shapes.items():
-        if name in tied:
-            continue
-        if name not in stored:
-            raise InputError(f"{folder}: its weights lack {name}: fetch the files again")
-        if stored[name].shape != shape:
-            found = list(stored[name].shape)
-            raise InputError(
-                f"{folder}: {name} has shape {found}, config.json says {list(shape)}: use the files of one model"
-            )
-        state[name] = stored[name].read(dtype)
-    return state
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    require_fit(folder, shapes, {name: tensor.shape for name, tensor in stored.items() if name in shapes}, KIND)
+    return {name: stored[name].read(dtype) for name in shapes}
 
 
 def token_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> dict[str, int]:
@@ -191,9 +178,7 @@ def save_parts(model: Showo2Model, parts: Parts, folder: Path) -> None:
     tied = {"showo.lm_head.weight"} if model.config.tie_word_embeddings else set()
     state = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n not in tied}
     write_tensors(folder / WEIGHTS, state, {"format": "pt"})
-    for name, content in parts.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
+    parts.save(folder)
     if parts.folder is None:
         parts.vae.save_pretrained(folder / VAE, safe_serialization=True)
     else:
