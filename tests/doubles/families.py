@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 from small_vlm import create_vlm
 
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import load_policy
 from lvrpo.types import Image, Prompt
 
 TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no", "USER: ASSISTANT:")
@@ -44,34 +48,14 @@ class Family:
         return [f"policy={folder}", *SHARED, *self.settings]
 
 
-def _janus(place: Path) -> None:
-    from lvrpo.policies.janus.create import JanusSizes, create_janus
+def _random(family: str, sizes: str) -> Callable[[Path], None]:
+    """Writes a random model of the default sizes."""
 
-    create_janus(JanusSizes(), TEXTS).save(place)
+    def make(place: Path) -> None:
+        module = import_module(f"lvrpo.policies.{family}.create")
+        getattr(module, f"create_{family}")(getattr(module, sizes)(), TEXTS).save(place)
 
-
-def _emu3(place: Path) -> None:
-    from lvrpo.policies.emu3.create import Emu3Sizes, create_emu3
-
-    create_emu3(Emu3Sizes(), TEXTS).save(place)
-
-
-def _showo(place: Path) -> None:
-    from lvrpo.policies.showo.create import ShowoSizes, create_showo
-
-    create_showo(ShowoSizes(), TEXTS).save(place)
-
-
-def _mmada(place: Path) -> None:
-    from lvrpo.policies.mmada.create import MmadaSizes, create_mmada
-
-    create_mmada(MmadaSizes(), TEXTS).save(place)
-
-
-def _showo2(place: Path) -> None:
-    from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
-
-    create_showo2(RandomShowo2(), TEXTS).save(place)
+    return make
 
 
 def _sd3(place: Path) -> None:
@@ -92,35 +76,35 @@ DRAWS_AND_WRITES = (
 FAMILIES: dict[str, Family] = {
     "janus": Family(
         "janus_lvrpo",
-        _janus,
+        _random("janus", "JanusSizes"),
         DRAWS_AND_WRITES,
         frozenset({"loss/text/understand", "loss/tokens/generate", "loss/text/reason", "loss/tokens/reason"}),
         ("text", "image tokens"),
     ),
     "emu3": Family(
         "emu3",
-        _emu3,
+        _random("emu3", "Emu3Sizes"),
         (*DRAWS_AND_WRITES, "adapter=null", "rollout.image_size=[32, 24]"),
         frozenset({"loss/text/understand", "loss/tokens/generate", "loss/text/reason", "loss/tokens/reason"}),
         ("text", "image tokens"),
     ),
     "showo": Family(
         "showo",
-        _showo,
+        _random("showo", "ShowoSizes"),
         (*DRAWS_AND_WRITES, "rollout.num_steps=3"),
         frozenset({"loss/text/understand", "loss/masked/generate", "loss/text/reason", "loss/masked/reason"}),
         ("text", "masked image tokens"),
     ),
     "mmada": Family(
         "mmada_8b",
-        _mmada,
+        _random("mmada", "MmadaSizes"),
         (*DRAWS_AND_WRITES, "adapter=null", "rollout.num_steps=3", "limits.microbatch_size=null"),
         frozenset({"loss/text/understand", "loss/masked/generate", "loss/text/reason", "loss/masked/reason"}),
         ("text", "masked image tokens"),
     ),
     "showo2": Family(
         "showo2_1p5b",
-        _showo2,
+        _random("showo2", "RandomShowo2"),
         (
             "data.prompts_per_step={generate: 2, understand: 2, edit: 0, reason: 1}",
             "rollout.max_new_tokens=4",
@@ -180,3 +164,17 @@ def prompts_of_all_tasks() -> list[Prompt]:
         Prompt("r0", "reason", ("a blue square",), ("text", "image")),
         Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
     ]
+
+
+def family_fixtures(name: str) -> tuple[Callable[..., Path], Callable[..., Policy]]:
+    """The fixtures ``folder`` and its policy, which is not to be trained: tests that do load the folder."""
+
+    @pytest.fixture(scope="session")
+    def folder(family_folder: Callable[[str], Path]) -> Path:
+        return family_folder(name)
+
+    @pytest.fixture(scope="session")
+    def policy(folder: Path) -> Policy:
+        return load_policy(folder)
+
+    return folder, policy

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from discrete_policy import DiscretePolicy, N, decoded, encoded
+from replays import difference, members
 
 from lvrpo.policies.base import MaskedScoring, Policy, Sampling
 from lvrpo.sampling import masked_counts
@@ -42,21 +43,6 @@ WAYS = {
 
 def rollout(policy: DiscretePolicy, sampling: Sampling, prompts: Sequence[Prompt] = PROMPTS) -> list[Group]:
     return policy.sample(prompts, sampling, [10 + i for i in range(len(prompts))])
-
-
-def members(groups: Sequence[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
-def difference(policy: DiscretePolicy, trajectories: Sequence[Trajectory]) -> float:
-    with torch.no_grad():
-        replayed = policy.logprobs(trajectories)
-    worst = 0.0
-    for trajectory, rows in zip(trajectories, replayed, strict=True):
-        for segment, row in zip(trajectory.segments, rows, strict=True):
-            assert row.logprobs.shape == segment.behavior_logprobs.shape
-            worst = max(worst, float((row.logprobs - segment.behavior_logprobs).abs().max()))
-    return worst
 
 
 @pytest.mark.parametrize("name", WAYS)

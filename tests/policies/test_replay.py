@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from replays import differences, members
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
@@ -42,22 +43,7 @@ DRAWINGS = {
 
 def rollout(policy: TinyPolicy, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
     groups = policy.sample(prompts, sampling, [100 + i for i in range(len(prompts))])
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
-def differences(policy: TinyPolicy, trajectories: list[Trajectory], kind: type) -> list[float]:
-    """Relative to the size of the numbers where that is above 1, as with log-densities that are sums."""
-    out = []
-    with torch.no_grad():
-        replayed = policy.logprobs(trajectories)
-    for trajectory, row in zip(trajectories, replayed, strict=True):
-        assert len(row) == len(trajectory.segments)
-        for segment, scored in zip(trajectory.segments, row, strict=True):
-            assert scored.logprobs.shape == segment.behavior_logprobs.shape
-            if isinstance(segment, kind) and len(segment.behavior_logprobs):
-                scale = segment.behavior_logprobs.abs().clamp(min=1)
-                out.append(float(((scored.logprobs - segment.behavior_logprobs).abs() / scale).max()))
-    return out
+    return members(groups)
 
 
 @pytest.mark.parametrize("sampling", DRAWINGS.values(), ids=DRAWINGS)

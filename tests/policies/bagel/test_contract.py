@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as PilImage
+from replays import members, worst
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
@@ -67,21 +68,7 @@ def prompts() -> list[Prompt]:
 
 def rollout(policy: Policy, asked: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:
     groups = policy.sample(asked, sampling, [100 + int(p.id[1:]) + ord(p.id[0]) for p in asked])
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
-def worst(policy: BagelPolicy, trajectories: Sequence[Trajectory]) -> float:
-    """Largest difference between replayed and sampled log-probs."""
-    out = [0.0]
-    with torch.no_grad():
-        replayed = policy.logprobs(trajectories)
-    for trajectory, row in zip(trajectories, replayed, strict=True):
-        for segment, scored in zip(trajectory.segments, row, strict=True):
-            assert scored.logprobs.shape == segment.behavior_logprobs.shape
-            if len(segment.behavior_logprobs):
-                scale = segment.behavior_logprobs.abs().clamp(min=1)
-                out.append(float(((scored.logprobs - segment.behavior_logprobs).abs() / scale).max()))
-    return max(out)
+    return members(groups)
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

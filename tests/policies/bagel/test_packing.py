@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from replays import members
 
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
@@ -54,7 +55,7 @@ def prompts() -> list[Prompt]:
 def rollout(policy: BagelPolicy, sampling: Sampling) -> list[Trajectory]:
     asked = prompts()
     groups = policy.sample(asked, sampling, [ord(p.id) for p in asked])
-    return [trajectory for group in groups for trajectory in group.trajectories]
+    return members(groups)
 
 
 def distance(trajectories: Sequence[Trajectory], replayed: Sequence[Sequence[SegmentLogprobs]]) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from replays import members
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
@@ -23,7 +24,7 @@ from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
 from lvrpo.sampling import derive_seed, guide, normal_noise, shift_time
 from lvrpo.training.memory_estimate import LiveBytes, fake_weights
-from lvrpo.types import FlowSegment, Group, Prompt, Trajectory
+from lvrpo.types import FlowSegment, Prompt, Trajectory
 
 ODE = Sampling(group_size=2, num_steps=5, solver="euler", image_size=(32, 32))
 SDE = replace(ODE, group_size=4, sampler="flow_sde", window=(0, 1, 3))
@@ -42,10 +43,6 @@ def segment(trajectory: Trajectory) -> FlowSegment:
     found = trajectory.segments[-1]
     assert isinstance(found, FlowSegment)
     return found
-
-
-def members(groups: list[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
 
 
 def of_the_pipeline(policy: DiffusersPolicy, trajectories: list[Trajectory], guidance: float) -> dict[str, Any]:

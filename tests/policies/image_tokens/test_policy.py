@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from refusals import refused
+from replays import difference, members
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
@@ -24,23 +25,6 @@ WAYS = {
 
 
 EXPERTS = {"JanusPolicy": ["understand", "generate", "shared"], "Emu3Policy": ["shared"]}
-
-
-def members(groups: Sequence[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
-def difference(policy: ImageTokenPolicy, trajectories: Sequence[Trajectory]) -> float:
-    with torch.no_grad():
-        replayed = policy.logprobs(trajectories)
-    worst = 0.0
-    for trajectory, rows in zip(trajectories, replayed, strict=True):
-        for segment, row in zip(trajectory.segments, rows, strict=True):
-            assert row.logprobs.shape == segment.behavior_logprobs.shape == segment.tokens.shape
-            assert row.entropy is not None
-            assert row.entropy.shape == row.logprobs.shape
-            worst = max(worst, float((row.logprobs - segment.behavior_logprobs).abs().max()))
-    return worst
 
 
 def contract(policy: ImageTokenPolicy, groups: Sequence[Group]) -> dict[str, bool]:

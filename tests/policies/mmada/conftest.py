@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
-from families import prompts_of_all_tasks
+from families import family_fixtures, prompts_of_all_tasks
 
-from lvrpo.policies.mmada.policy import MmadaPolicy
 from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(scope="session")
-def folder(family_folder: Callable[[str], Path]) -> Path:
-    return family_folder("mmada")
-
-
-@pytest.fixture(scope="session")
-def mmada(folder: Path) -> MmadaPolicy:
-    """Not to be trained: tests that do load the folder."""
-    return MmadaPolicy.load(folder)
+folder, mmada = family_fixtures("mmada")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from damage import change_json, change_weights, delete, pickle_instead, require_refused
 from refusals import refused
+from replays import difference, members
 from safetensors.torch import load_file, save_file
 
 from lvrpo.policies.base import MaskedScoring, Sampling, missing_members
@@ -23,7 +24,7 @@ from lvrpo.policies.mmada.policy import MmadaPolicy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.losses.dpo import whole_logprobs
 from lvrpo.training.preflight import _group_checks
-from lvrpo.types import Example, Group, MaskedSegment, MaskedTextSegment, Prompt, Trajectory
+from lvrpo.types import Example, MaskedSegment, MaskedTextSegment, Prompt, Trajectory
 
 BASE = Sampling(
     group_size=2,
@@ -37,23 +38,10 @@ BASE = Sampling(
 ASK = Prompt("r", "reason", ("what color is it",), ("text",))
 
 
-def members(groups: Sequence[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
 def answer(trajectory: Trajectory) -> MaskedTextSegment:
     segment = trajectory.segments[0]
     assert isinstance(segment, MaskedTextSegment)
     return segment
-
-
-def difference(policy: MmadaPolicy, trajectories: Sequence[Trajectory]) -> float:
-    """The largest difference of a replay to the recorded log-probs."""
-    with torch.no_grad():
-        found = policy.logprobs(trajectories)
-    pairs = ((row, s) for t, rows in zip(trajectories, found, strict=True)
-             for row, s in zip(rows, t.segments, strict=True))  # fmt: skip
-    return max(float((row.logprobs - s.behavior_logprobs).abs().max()) for row, s in pairs)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

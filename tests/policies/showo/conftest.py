@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
-from families import make_picture, prompts_of_all_tasks
+from families import family_fixtures, make_picture, prompts_of_all_tasks
 
-from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(scope="session")
-def folder(family_folder: Callable[[str], Path]) -> Path:
-    return family_folder("showo")
-
-
-@pytest.fixture(scope="session")
-def showo(folder: Path) -> ShowoPolicy:
-    """Not to be trained: tests that do load the folder."""
-    return ShowoPolicy.load(folder)
+folder, showo = family_fixtures("showo")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from damage import change_json, change_weights, cut_off, delete, pickle_instead, require_refused
 from refusals import refused
+from replays import difference, members
 from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
@@ -21,22 +22,9 @@ from lvrpo.policies.magvit.checkpoint import AUTOENCODER
 from lvrpo.policies.showo.checkpoint import LANGUAGE
 from lvrpo.policies.showo.create import ShowoSizes, create_showo
 from lvrpo.policies.showo.policy import ShowoPolicy
-from lvrpo.types import Group, MaskedSegment, Prompt, TextSegment, Trajectory
+from lvrpo.types import MaskedSegment, Prompt, TextSegment, Trajectory
 
 BASE = Sampling(group_size=2, max_new_tokens=6, num_steps=4, guidance_scale=3.0, choice_temperature=1.0)
-
-
-def members(groups: Sequence[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
-def difference(policy: ShowoPolicy, trajectories: Sequence[Trajectory]) -> float:
-    """The largest difference of a replay to the recorded log-probs."""
-    with torch.no_grad():
-        found = policy.logprobs(trajectories)
-    pairs = ((row, s) for t, rows in zip(trajectories, found, strict=True)
-             for row, s in zip(rows, t.segments, strict=True))  # fmt: skip
-    return max(float((row.logprobs - s.behavior_logprobs).abs().max()) for row, s in pairs)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

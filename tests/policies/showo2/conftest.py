@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
+from families import family_fixtures
 
-from lvrpo.policies.showo2.policy import Showo2Policy
 from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-
-@pytest.fixture(scope="session")
-def folder(family_folder: Callable[[str], Path]) -> Path:
-    return family_folder("showo2")
-
-
-@pytest.fixture(scope="session")
-def showo2(folder: Path) -> Showo2Policy:
-    """Not to be trained: tests that do load the folder."""
-    return Showo2Policy.load(folder)
+folder, showo2 = family_fixtures("showo2")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from damage import change_weights, delete, require_refused
+from replays import difference, members
 from safetensors.torch import load_file
 from small_vlm import change_json
 
@@ -22,7 +23,7 @@ from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
 from lvrpo.training.preflight import TOLERANCE, rollout_checks
-from lvrpo.types import Group, Prompt, RewardTable, TextSegment, Trajectory
+from lvrpo.types import Prompt, RewardTable, TextSegment, Trajectory
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,27 +31,10 @@ BASE = Sampling(group_size=3, max_new_tokens=9)
 GREEDY = Sampling(group_size=2, max_new_tokens=12, temperature=0.0)
 
 
-def members(groups: Sequence[Group]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
 def segment_of(trajectory: Trajectory) -> TextSegment:
     (segment,) = trajectory.segments
     assert isinstance(segment, TextSegment)
     return segment
-
-
-def difference(policy: ImageTextToTextPolicy, trajectories: Sequence[Trajectory]) -> float:
-    with torch.no_grad():
-        replayed = policy.logprobs(trajectories)
-    worst = 0.0
-    for trajectory, (row,) in zip(trajectories, replayed, strict=True):
-        segment = segment_of(trajectory)
-        assert row.logprobs.shape == segment.behavior_logprobs.shape == segment.tokens.shape
-        assert row.entropy is not None
-        assert row.entropy.shape == row.logprobs.shape
-        worst = max(worst, float((row.logprobs - segment.behavior_logprobs).abs().max()))
-    return worst
 
 
 def inputs_of(processor: Any, prompts: Sequence[Prompt]) -> Any:
