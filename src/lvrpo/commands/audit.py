@@ -116,19 +116,12 @@ def _image_side(judge: Policy, model: Policy, options: Options) -> int:
 
 
 def _build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[ConfiguredReward]:
-    """The default rewards and those of ``--also``, which replace defaults of the same title."""
-    own = _reward_configs(also)
-    return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)
-
-
-def _reward_configs(found: list[Any]) -> list[RewardConfig]:
-    """The values of ``_reward_rows`` as reward configurations. Any: YAML values."""
-    made = []
-    for i, row in enumerate(found):
+    """The default rewards and those of ``--also``, which replace defaults of the same title. Any: YAML values."""
+    own = []
+    for i, row in enumerate(also):
         tree = {"name": row} if isinstance(row, str) else row
-        config = parse_section(RewardConfig, tree, f"--also[{i}]")
+        own.append(parse_section(RewardConfig, tree, f"--also[{i}]"))
         other = sorted(set(tree) - set(ROW_KEYS))
         if other:
             raise InputError(f"--also[{i}].{other[0]}: belongs to training: a row here has {', '.join(ROW_KEYS)}")
-        made.append(config)
-    return made
+    return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo import __version__
+from lvrpo.commands.inputs import require_new
 from lvrpo.commands.options import Options
 from lvrpo.commands.use_options import REPO_ID
 from lvrpo.distributed.peers import first_line
@@ -157,8 +158,7 @@ def _license_of(base: str) -> str | None:
 
 def pull(options: Options) -> None:
     hub, folder = _library(), options.folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already: choose another name")
+    require_new(folder)
     part = folder.with_name(f"{folder.name}.part")
     with _hub_errors(options.repo):
         hub.snapshot_download(

@@ -6,6 +6,7 @@ import json
 import sys
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, write_file
 from lvrpo.commands.options import Options, refuse_existing
 from lvrpo.data.jsonl import image_path
+from lvrpo.data.rows import require_texts
 from lvrpo.errors import InputError
 from lvrpo.images import load_image, middle_square, png
 from lvrpo.policies.base import Policy, check_text
@@ -84,15 +86,13 @@ def ask(options: Options) -> None:
         refuse_existing([options.out], options.force)
     if image is not None and question is not None:
         policy = load(options)
-        assert image is not None
-        assert question is not None
         prompts = [prompt(_question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
         rows = _question_rows(table, stored_image_size(options.model), options.root)
         policy = load(options)
         for row in rows:
-            row.require_readable(policy)
+            require_texts(partial(check_text, policy), row.where, [str(row.parts[-1])], None)
         prompts = [prompt(_question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
         answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
@@ -119,13 +119,6 @@ class QuestionRow:
     """file:line"""
     row: dict[str, Any]
     parts: tuple[Part, ...]
-
-    def require_readable(self, policy: Policy) -> None:
-        """Raises InputError, with file and line, where the policy cannot read the question."""
-        try:
-            check_text(policy, str(self.parts[-1]))
-        except InputError as error:
-            raise InputError(f"{self.where}: {error}") from None
 
 
 def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:

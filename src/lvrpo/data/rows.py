@@ -253,6 +253,21 @@ def _region(find: Callable[[str], ImageFile], row: Row, images: tuple[ImageFile,
     return None
 
 
+def require_texts(check: Callable[[str], None], where: str, texts: list[str], judged: Row | Prompt | None) -> None:
+    """Raises InputError, which begins with ``where``, where ``check`` refuses one of ``texts``.
+
+    ``judged``: its answer and facts are checked too.
+    """
+    if judged is not None:
+        texts += [judged.answer] if judged.answer else []
+        texts += [text for fact in judged.facts for text in (fact.question, fact.answer)]
+    for text in texts:
+        try:
+            check(text)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
 CACHED_IMAGES = 1024
 """Maximum number of decoded pictures kept in memory."""
 
@@ -381,15 +396,7 @@ class RowPrompts(Task):
         ``everything``: answers and facts too, which rewards may put to the model.
         """
         for line in self._all():
-            row, texts = line.row, [line.row.prompt]
-            if everything:
-                texts += [row.answer] if row.answer else []
-                texts += [text for fact in row.facts for text in (fact.question, fact.answer)]
-            for text in texts:
-                try:
-                    check(text)
-                except InputError as error:
-                    raise InputError(f"{line.where}: {error}") from None
+            require_texts(check, line.where, [line.row.prompt], line.row if everything else None)
 
     def _prompt(self, line: Line) -> Prompt:
         row, task = line.row, line.row.task

@@ -117,13 +117,8 @@ class AsyncScores:
         self._queue: deque[Group] = deque()
         self._results: list[Future[dict[Key, _Row]]] = []
 
-    def submit(
-        self, groups: Sequence[Group], score: Callable[[Sequence[Group]], tuple[Sequence[Group], Scores]]
-    ) -> None:
-        """Scores groups in the thread; those that are submitted while it is busy share its next call.
-
-        ``score`` returns the groups that the reward applies to, and their scores.
-        """
+    def submit(self, groups: Sequence[Group], score: Score) -> None:
+        """Scores groups in the thread; those that are submitted while it is busy share its next call."""
         self._queue.extend(groups)
         self._results.append(_worker.submit(lambda: self._score_queue(score)))
 

@@ -18,6 +18,8 @@ from pydantic import AfterValidator
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
+from lvrpo.policies.loading import pick_device
+from lvrpo.policies.transformers_checkpoint import line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts
@@ -57,7 +59,7 @@ class SiglipEncoder:
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
         path = _check_siglip(folder)
-        self.device = torch.device(find_device(device))
+        self.device = pick_device(device)
         self.model = load_pretrained(path, "AutoModel").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
         self.length = self.model.config.text_config.max_position_embeddings
@@ -104,7 +106,7 @@ class ExternalVLM:
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
         path = _check_reader(folder)
-        self.device = torch.device(find_device(device))
+        self.device = pick_device(device)
         self.model = load_pretrained(path, "AutoModelForImageTextToText").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
         if not getattr(self.processor, "chat_template", None):  # old folders lack it
@@ -186,8 +188,7 @@ class ExternalVLM:
 
 def _check_siglip(folder: str) -> Path:
     """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
-    path = _folder(folder)
-    kind = _config(path).get("model_type")
+    path, kind = _folder(folder)
     if kind not in SIGLIP_TYPES:
         raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(SIGLIP_TYPES)}")
     transformers_library("source: a folder")
@@ -196,8 +197,7 @@ def _check_siglip(folder: str) -> Path:
 
 def _check_reader(folder: str) -> Path:
     """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
-    path = _folder(folder)
-    kind = _config(path).get("model_type")
+    path, kind = _folder(folder)
     transformers_library("source: a folder")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -206,11 +206,13 @@ def _check_reader(folder: str) -> Path:
     return path
 
 
-def _folder(folder: str) -> Path:
+def _folder(folder: str) -> tuple[Path, object]:
+    """A folder of a model, and its ``model_type``; raises InputError."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"no folder with a config.json: give a local folder, or {OWN}")
-    return path
+    found = read_json(path / "config.json")
+    return path, found.get("model_type") if isinstance(found, dict) else None
 
 
 def _own_or(check: Callable[[str], Path]) -> AfterValidator:
@@ -249,11 +251,6 @@ def folder_fingerprint(path: Path) -> str:
     return f"{path.resolve().name}:{digest.hexdigest()}"
 
 
-def _config(path: Path) -> dict[str, Any]:
-    found = read_json(path / "config.json")
-    return found if isinstance(found, dict) else {}
-
-
 def load_pretrained(path: Path, kind: str) -> Any:
     """Any: a model or processor of the optional package."""
     transformers = transformers_library("source: a folder")
@@ -263,15 +260,8 @@ def load_pretrained(path: Path, kind: str) -> Any:
                 str(path), local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        line = " ".join(str(error).split())
-        raise InputError(f"{path}: {kind} cannot be loaded ({line[:200]}): restore the folder") from None
+        raise InputError(f"{path}: {kind} cannot be loaded ({line_of(error)}): restore the folder") from None
     return found.eval().requires_grad_(False) if isinstance(found, torch.nn.Module) else found
-
-
-def find_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parts(items: Sequence[T], size: int = AT_ONCE) -> Iterator[Sequence[T]]:

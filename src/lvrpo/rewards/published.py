@@ -40,7 +40,7 @@ from lvrpo.rewards.external import (
 )
 from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
 from lvrpo.rewards.self_vqa import Choices, Reader, SelfVQA
-from lvrpo.rewards.verifiable_image import fact_table, unverifiable
+from lvrpo.rewards.verifiable_image import score_facts
 from lvrpo.rewards.verifiable_text import FORMS, CutOff, score_texts, text_problem
 from lvrpo.types import Fact, Group, Prompt
 
@@ -236,29 +236,15 @@ class Instruction(_Asks):
             return bool(self.rules or prompt.rules)
         if self.by == "vqa":
             return self._vqa.applies(prompt)
-        return bool(self._facts(prompt)) and all(fact.check for fact in prompt.facts)
+        return bool(self._vqa.known(prompt)) and all(fact.check for fact in prompt.facts)
 
     def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        if self.by == "vqa":
-            found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
-            for cell, confidences in found.items():
-                # nan is no answer, not a wrong one
-                values[cell] = float((confidences > self.above).all()) if confidences.isfinite().all() else math.nan
-            return Scores(values, failures)
-        failures, readable = {}, []
-        for p, group in enumerate(groups):
-            problems = unverifiable(group.trajectories)
-            failures |= {(p, g): problem for g, problem in enumerate(problems) if problem}
-            kept = (t for t, problem in zip(group.trajectories, problems, strict=True) if not problem)
-            readable.append(Group(group.prompt, tuple(kept)))
-        results = iter(fact_table(readable))
-        for p, group in enumerate(readable):
-            counted = [self._counts(fact) for fact in group.prompt.facts]
-            for trajectory in group.trajectories:
-                holds = [held for held, counts in zip(next(results), counted, strict=True) if counts]
-                values[p, trajectory.member] = float(all(holds))
-        return Scores(values, failures)
+        if self.by == "verifier":
+            return score_facts(groups, self._all_hold)
+        found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
+        # nan is no answer, not a wrong one
+        values = {cell: float((c > self.above).all()) for cell, c in found.items() if c.isfinite().all()}
+        return Scores.of(groups, values, failures)
 
     def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
         def rule(text: str, prompt: Prompt) -> float:
@@ -268,11 +254,9 @@ class Instruction(_Asks):
 
         return score_texts(groups, self.cut_off, rule)
 
-    def _counts(self, fact: Fact) -> bool:
-        return self.kinds is None or fact.kind in self.kinds
-
-    def _facts(self, prompt: Prompt) -> list[Fact]:
-        return [fact for fact in prompt.facts if self._counts(fact)]
+    def _all_hold(self, facts: Sequence[Fact], holds: Sequence[bool]) -> float:
+        pairs = zip(facts, holds, strict=True)
+        return float(all(held for fact, held in pairs if self.kinds is None or fact.kind in self.kinds))
 
 
 def text_rules(fields: Mapping[str, Any], where: str) -> TextRules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -147,14 +147,7 @@ class SceneFacts(Config):
         return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        results = iter(fact_table(groups))
-        problems = iter(unverifiable([trajectory for group in groups for trajectory in group.trajectories]))
-
-        def score(trajectory: Trajectory) -> float | str:
-            holds = next(results)
-            return next(problems) or self._value(trajectory.prompt.facts, holds)
-
-        return score_each(groups, score)
+        return score_facts(groups, self._value)
 
     def _value(self, facts: Sequence[Fact], holds: Sequence[bool]) -> float:
         fraction, everything = sum(holds) / len(holds), float(all(holds))
@@ -166,6 +159,18 @@ class SceneFacts(Config):
             return (fraction + everything) / 2
         counted = all(held for fact, held in zip(facts, holds, strict=True) if fact.kind in ("total", "count"))
         return fraction if counted else fraction / 2
+
+
+def score_facts(groups: Sequence[Group], value: Callable[[Sequence[Fact], Sequence[bool]], float]) -> Scores:
+    """Scores of a function of a prompt's facts and whether each holds; pictures that cannot be verified have none."""
+    results = iter(fact_table(groups))
+    problems = iter(unverifiable([trajectory for group in groups for trajectory in group.trajectories]))
+
+    def score(trajectory: Trajectory) -> float | str:
+        holds = next(results)
+        return next(problems) or value(trajectory.prompt.facts, holds)
+
+    return score_each(groups, score)
 
 
 _last: tuple[list[Trajectory], list[list[bool]]] = ([], [])

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lvrpo.data.base import DATASETS, Task
-from lvrpo.data.rows import RowPrompts
+from lvrpo.data.rows import RowPrompts, require_texts
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
 from lvrpo.policies.loading import can_draw_after_text, possible_tasks, stored_image_size
@@ -367,11 +367,4 @@ class PromptList(Task):
         """See ``RowPrompts.require_readable``; errors name the id instead of file and line."""
         for prompt in self._prompts:
             texts = [part for part in prompt.parts if isinstance(part, str)]
-            if everything:
-                texts += [prompt.answer] if prompt.answer else []
-                texts += [text for fact in prompt.facts for text in (fact.question, fact.answer)]
-            for text in texts:
-                try:
-                    check(text)
-                except InputError as error:
-                    raise InputError(f"prompt {prompt.id!r}: {error}") from None
+            require_texts(check, f"prompt {prompt.id!r}", texts, prompt if everything else None)

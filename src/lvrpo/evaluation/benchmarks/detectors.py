@@ -13,10 +13,10 @@ from PIL import Image as PilImage
 from lvrpo.data.geneval import COLORS
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
-from lvrpo.policies.loading import cached_folder
+from lvrpo.policies.loading import cached_folder, pick_device
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import read_json_object
-from lvrpo.rewards.external import find_device, folder_fingerprint, load_pretrained
+from lvrpo.rewards.external import folder_fingerprint, load_pretrained
 from lvrpo.types import Image
 
 OFFICIAL_THRESHOLDS = (0.3, 0.9)
@@ -92,7 +92,7 @@ class Detector:
         self.thresholds = thresholds or OFFICIAL_THRESHOLDS
         head = "ZeroShotObjectDetection" if self.zero_shot else "UniversalSegmentation"
         head = head if self.zero_shot or self.masks else "ObjectDetection"
-        self.device = torch.device(find_device(device))
+        self.device = pick_device(device)
         self.model = load_pretrained(path, f"AutoModelFor{head}").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor" if self.zero_shot else "AutoImageProcessor")
         self.kind = kind
@@ -145,9 +145,9 @@ class Detector:
         maps = found["segmentation"] if found["segments_info"] else ()
         for segment, mask in zip(found["segments_info"], maps, strict=True):
             held = mask.bool().cpu()
-            if held.any():
-                detection = Detection(float(segment["score"]), _around(held), held)
-                instances.append((self._label(segment["label_id"]), detection))
+            box = PilImage.fromarray(held.numpy()).getbbox()
+            if box is not None:  # of no pixel
+                instances.append((self._label(segment["label_id"]), Detection(float(segment["score"]), box, held)))
         return instances
 
     def _label(self, number: int) -> str:
@@ -160,12 +160,6 @@ def _inside(found: Detection, width: int, height: int) -> Detection:
     x = [min(max(end, 0.0), width) for end in (left, right)]
     y = [min(max(end, 0.0), height) for end in (top, bottom)]
     return replace(found, box=(x[0], y[0], x[1], y[1]))
-
-
-def _around(mask: torch.Tensor) -> tuple[float, float, float, float]:
-    """The smallest box around a mask, its right and lower end excluded."""
-    rows, columns = (mask.any(dim=axis).nonzero()[:, 0] for axis in (1, 0))
-    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
 
 
 class ColorClassifier:
@@ -182,7 +176,7 @@ class ColorClassifier:
         path, kind = model_folder(name, "color classifier")
         if kind not in auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             raise InputError(f"color classifier {name}: model_type={kind!r}: give a CLIP or a SigLIP")
-        self.device = torch.device(find_device(device))
+        self.device = pick_device(device)
         self.model = load_pretrained(path, "AutoModel").to(self.device)
         if not all(hasattr(self.model, f"get_{side}_features") for side in ("text", "image")):
             raise InputError(f"color classifier {name}: model_type={kind!r} gives no embeddings: give a CLIP or SigLIP")
