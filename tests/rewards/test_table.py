@@ -17,7 +17,7 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards import OLD_NAMES, REWARDS
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig, WeightSchedule
-from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
+from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups, score_groups_unchecked
 from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.types import Group, Prompt
 
@@ -339,8 +339,8 @@ def test_weights_follow_their_schedule(groups: list[Group], nobody: Any) -> None
     assert [stepped.factor(step) for step in (0, 9, 10, 50)] == [1, 1, 3, 3]
     assert WeightSchedule(kind="constant", points=((0, 0.25),)).factor(7) == 0.25
     late = source(Fixed(), schedule={"kind": "step", "points": [[0, 0], [5, 1]]})
-    assert score_groups([late], groups, nobody, 4).weights.tolist() == [0.0]
-    assert score_groups([late], groups, nobody, 5).weights.tolist() == [1.0]
+    assert score_groups_unchecked([late], groups, nobody, 4).weights.tolist() == [0.0]
+    assert score_groups_unchecked([late], groups, nobody, 5).weights.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,10 @@ TASK_REWARD = "task"
 """The name of a row of ``rewards`` that is the ``reward`` of the task itself."""
 
 
-def build_rewards(
-    configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None, device: str = "cpu"
-) -> list[ConfiguredReward]:
+def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[ConfiguredReward]:
     """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
 
-    ``given``: rewards by title that a caller in Python hands over; their names are not resolved. ``device``: of the
-    models that judge for single rows.
+    ``given``: rewards by title that a caller in Python hands over; their names are not resolved.
     """
     sources = []
     for i, config in enumerate(configs):
@@ -52,33 +49,27 @@ def build_rewards(
         if config.where is not None:
             sources.append(ConfiguredReward(config, remote_reward(config)))
             continue
-        sources.append(configured_reward(config, device))
+        sources.append(configured_reward(config))
     if configs and not any(config.weight for config in configs):
         raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
 
 
-def score_groups(
-    sources: Sequence[ConfiguredReward],
-    groups: Sequence[Group],
-    judge: Judge,
-    step: int = 0,
-    most_failed: float | None = None,
-) -> RewardTable:
-    """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``.
-
-    ``step``: steps done, for the weights that follow a schedule. ``most_failed``: of a reward without ``max_failed``,
-    the share of scores that may fail (None: any); more raise ContractError, as for one with it.
-    """
-    table = score_groups_unchecked(sources, groups, judge, step)
-    require_few_failures(sources, table, most_failed)
+def score_groups(sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge: Judge) -> RewardTable:
+    """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``, or where
+    more scores failed than its ``max_failed``."""
+    table = score_groups_unchecked(sources, groups, judge)
+    require_few_failures(sources, table)
     return table
 
 
 def score_groups_unchecked(
     sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge: Judge, step: int = 0
 ) -> RewardTable:
-    """``score_groups`` without a limit on failed scores, as for a part of the groups."""
+    """``score_groups`` without a limit on failed scores, as for a part of the groups.
+
+    ``step``: steps done, for the weights that follow a schedule.
+    """
     try:
         return _scored(sources, groups, judge, step)
     except BaseException:
