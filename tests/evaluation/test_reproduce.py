@@ -14,7 +14,7 @@ from lvrpo.commands.keys import find_config
 from lvrpo.commands.reproduce import shipped_experiments, write_page
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce import plan, runner
-from lvrpo.evaluation.reproduce.compute import Compute, RunCost
+from lvrpo.evaluation.reproduce.compute import RunCost
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, list_jobs, load_experiment
 from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
@@ -87,7 +87,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs that are not counted, in a tenth of the time."""
 
     def cost(config: TrainConfig | PretrainConfig) -> RunCost:
-        return RunCost(Compute(2.0 if isinstance(config, PretrainConfig) else 7.0))
+        return RunCost(2.0 if isinstance(config, PretrainConfig) else 7.0)
 
     monkeypatch.setattr(plan, "count_cost", cost)
 
@@ -109,7 +109,6 @@ def test_a_table_is_run_once_and_read_again(small: Path, capsys: pytest.CaptureF
     found = json.loads((summaries / "ours-one-0.json").read_text())
     assert found["flops"] == pytest.approx(found["budget_flops"], rel=0.2)
     assert found["steps"] >= 2
-    assert found["passes"] > found["steps"]
     assert set(found["benchmarks"]) >= {"generate", "generate_plain", "understand", "edit", "reason"}
     assert len((summaries / "ours-one-0.json").read_bytes()) < 16000
     tuning = json.loads((summaries / "tuning-ours.json").read_text())
@@ -165,7 +164,7 @@ def test_more_pretraining_is_the_budget_on_top_of_the_base(small: Path, counted:
     assert config.seed == own.seed == 0  # the base's own run at a longer schedule
     more = cost.total(config.steps) - cost.total(own.steps)
     assert config.steps == own.steps + 10  # three steps of 7 buy ten of 2
-    assert 0 < made.budget.flops - more.flops < cost.step.flops
+    assert 0 < made.budget - more < cost.step
 
 
 def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
@@ -179,14 +178,13 @@ def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
 
 
 def test_a_run_costs_what_its_parts_do() -> None:
-    one = Compute(1.0)
-    cost = RunCost(one * 10, start=one, look=one * 3, control=one * 2, look_every=4, reference_eval_every=5)
-    assert cost.total(8).flops == 1 + 80 + 3 * (1 + 2) + 2 * 2
-    assert cost.steps_within(Compute(cost.total(8).flops)) == 8
-    assert cost.steps_within(Compute(cost.total(8).flops - 1)) == 7
+    cost = RunCost(10.0, start=1.0, look=3.0, control=2.0, look_every=4, reference_eval_every=5)
+    assert cost.total(8) == 1 + 80 + 3 * (1 + 2) + 2 * 2
+    assert cost.steps_within(cost.total(8)) == 8
+    assert cost.steps_within(cost.total(8) - 1) == 7
     assert from_json(RunCost, json.loads(json.dumps(asdict(cost))), "costs") == cost
     with pytest.raises(InputError, match="one step takes"):
-        cost.steps_within(one)
+        cost.steps_within(1.0)
 
 
 def test_prompts_that_something_was_chosen_on_are_no_test(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -120,19 +120,13 @@ def infonce(
     batches = len(test_x) // negatives
     if batches < MIN_BATCHES:
         raise InputError(f"{len(test_x)} pairs are {batches} batches of {negatives}: give at least {MIN_BATCHES}")
-    scale_x, scale_y = (_Normalizer.fit(data) for data in (train_x, train_y))
+    scale_x, scale_y = (_normalizer(data) for data in (train_x, train_y))
     critic = _fit_critic(scale_x(train_x), scale_y(train_y), negatives, seed)
+    measured = batches * negatives
+    x, y = (scale(data[:measured]) for scale, data in ((scale_x, test_x), (scale_y, test_y)))
     with torch.no_grad():
-        values = torch.cat(
-            [
-                _values(critic(x, y))
-                for x, y in zip(
-                    scale_x(test_x[: batches * negatives]).split(negatives),
-                    scale_y(test_y[: batches * negatives]).split(negatives),
-                    strict=True,
-                )
-            ]
-        )
+        parts = zip(x.split(negatives), y.split(negatives), strict=True)
+        values = torch.cat([_values(critic(*part)) for part in parts])
     found = values.double().tolist()
     return Information(mean_interval(found), math.log(negatives), tuple(found))
 
@@ -140,18 +134,10 @@ def infonce(
 # --- inside ---
 
 
-@dataclass(frozen=True)
-class _Normalizer:
-    mean: Tensor
-    deviation: Tensor
-
-    @classmethod
-    def fit(cls, data: Tensor) -> _Normalizer:
-        deviation = data.std(dim=0)
-        return cls(data.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0))
-
-    def __call__(self, data: Tensor) -> Tensor:
-        return (data - self.mean) / self.deviation
+def _normalizer(data: Tensor) -> Callable[[Tensor], Tensor]:
+    mean, deviation = data.mean(dim=0), data.std(dim=0)
+    scale = torch.where(deviation > 1e-6, deviation, 1.0)
+    return lambda values: (values - mean) / scale
 
 
 class _Critic(nn.Module):
@@ -217,6 +203,5 @@ def _states(
         else:
             read.append(policy.context_states([(text,) for text in captions]))
             drawn.append(policy.drawing_states([() for _ in captions], pictures, NOISY_T, seed))
-    return functional.normalize(torch.cat(read).float().cpu(), dim=1), functional.normalize(
-        torch.cat(drawn).float().cpu(), dim=1
-    )
+    one, other = (functional.normalize(torch.cat(states).float().cpu(), dim=1) for states in (read, drawn))
+    return one, other

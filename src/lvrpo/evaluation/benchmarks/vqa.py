@@ -121,16 +121,14 @@ def read_geneval2(path: Path) -> list[Prompt]:
         pairs, skills = row["vqa_list"], row["skills"]
         if not pairs or len(pairs) != len(skills) or any(len(pair) != 2 for pair in pairs):
             raise InputError(f"{where}: vqa_list must hold a question with its answer for each of skills: restore it")
-        facts = tuple(_geneval2_fact(pair[0], pair[1], skill) for pair, skill in zip(pairs, skills, strict=True))
+        facts = []
+        for (question, answer), skill in zip(pairs, skills, strict=True):
+            right = answer.lower()
+            facts.append(Fact(skill, question, right, choices=NUMBER_WORDS if right in NUMBER_WORDS else ()))
         key = f"geneval2/{number - 1:05d}"
         category = f"{row['atom_count']} atoms"
-        found.append(Prompt(key, "generate", (row["prompt"],), ("image",), None, facts, category, path.name))
+        found.append(Prompt(key, "generate", (row["prompt"],), ("image",), None, tuple(facts), category, path.name))
     return found
-
-
-def _geneval2_fact(question: str, answer: str, skill: str) -> Fact:
-    right = answer.lower()
-    return Fact(skill, question, right, choices=NUMBER_WORDS if right in NUMBER_WORDS else ())
 
 
 def geometric_mean(prompt: Prompt, answers: Sequence[float]) -> float:

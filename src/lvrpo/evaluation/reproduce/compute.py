@@ -6,6 +6,7 @@ Counts the forward and backward passes of all models (policy, averages, judge, r
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,39 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.trainer import Trainer, reference_rollout
-
-
-@dataclass(frozen=True)
-class Compute:
-    """An amount of compute."""
-
-    flops: float = 0.0
-    """Floating-point operations in matrix products, convolutions and attention; a multiply-add is two."""
-    passes: float = 0.0
-    """Sequences passed through the transformer; decoding with a cache adds FLOPs alone."""
-
-    def __add__(self, other: Compute) -> Compute:
-        return Compute(self.flops + other.flops, self.passes + other.passes)
-
-    def __sub__(self, other: Compute) -> Compute:
-        return Compute(self.flops - other.flops, self.passes - other.passes)
-
-    def __mul__(self, times: float) -> Compute:
-        return Compute(self.flops * times, self.passes * times)
-
-
-NO_COMPUTE = Compute()
 
 
 def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
@@ -88,24 +64,25 @@ ATTENTION = {
 """torch counts neither the CPU kernel nor grouped-query attention."""
 
 
-class ComputeCounter:
-    """A context manager that counts the compute of all models; ``now`` is the count so far."""
+class FlopCounter:
+    """A context manager that counts the FLOPs of all models; ``now`` is the count so far.
+
+    They are those of matrix products, convolutions and attention; a multiply-add is two.
+    """
 
     def __init__(self) -> None:
         self._flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        self._passes = 0
         self._left_out = 0
         self._before_step = 0
         self._hooks: list[Any] = []  # handles of torch, of several private classes
 
     @property
-    def now(self) -> Compute:
+    def now(self) -> int:
         """Since the context was entered."""
-        return Compute(self._flops.get_total_flops() - self._left_out, self._passes)
+        return self._flops.get_total_flops() - self._left_out
 
     def __enter__(self) -> Self:
         self._hooks = [
-            register_module_forward_pre_hook(self._count_pass),
             register_optimizer_step_pre_hook(self._begin_step),
             register_optimizer_step_post_hook(self._end_step),
         ]
@@ -118,11 +95,6 @@ class ComputeCounter:
         self._flops.__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
-
-    def _count_pass(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if isinstance(module, MoT):
-            cache = next(each for each in arguments if isinstance(each, Cache))
-            self._passes += len(cache.rope)
 
     def _begin_step(self, *_: object) -> None:
         self._before_step = self._flops.get_total_flops()
@@ -139,39 +111,35 @@ AVERAGED_STEPS = 2
 
 @dataclass(frozen=True)
 class RunCost:
-    """The compute of a run as a function of its steps."""
+    """The FLOPs of a run as a function of its steps."""
 
-    step: Compute
+    step: float
     """A step without validation: rollout, judge, reference, old policy and update."""
-    start: Compute = NO_COMPUTE
+    start: float = 0.0
     """Once per run: the preflight checks."""
-    look: Compute = NO_COMPUTE
+    look: float = 0.0
     """A validation."""
-    control: Compute = NO_COMPUTE
+    control: float = 0.0
     """A rollout of the reference."""
     look_every: int = 1
     reference_eval_every: int = 1
 
-    def total(self, steps: int) -> Compute:
+    def total(self, steps: int) -> float:
         """Cost of ``steps`` steps, with validations at the start, every ``look_every`` steps and at the end."""
         validations = 1 + -(-steps // self.look_every)
         controls = -(-steps // self.reference_eval_every)
         return self.start + self.step * steps + self.look * validations + self.control * controls
 
-    def steps_within(self, budget: Compute, added_to: Compute = NO_COMPUTE) -> int:
-        """The largest number of steps within the budget (in FLOPs); raises InputError where it is 0."""
-        limit = (budget + added_to).flops
-        low, high = 0, 1
-        while self.total(high).flops <= limit:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.total(middle).flops <= limit else (low, middle)
-        if not low:
+    def steps_within(self, budget: float) -> int:
+        """The largest number of steps within the budget; raises InputError where it is 0."""
+        if self.total(1) > budget:
             raise InputError(
-                f"budget of {limit:.3g} FLOPs: one step takes {self.total(1).flops:.3g}: give budget.steps more"
+                f"budget of {budget:.3g} FLOPs: one step takes {self.total(1):.3g}: give budget.steps more"
             )
-        return low
+        most = 2
+        while self.total(most) <= budget:
+            most *= 2
+        return bisect_right(range(most), budget, key=self.total) - 1
 
 
 def count_cost(config: AnyConfig) -> RunCost:
@@ -183,9 +151,9 @@ def count_cost(config: AnyConfig) -> RunCost:
 
 
 def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
-    marks: list[Compute] = []
+    marks: list[int] = []
     trainer = Pretrainer.start(config.model_copy(update={"steps": AVERAGED_STEPS + 1, "held_out_every": 0}), folder)
-    with trainer.run, ComputeCounter() as counter:
+    with trainer.run, FlopCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
     return RunCost((marks[-1] - marks[0]) * (1 / AVERAGED_STEPS))
 
@@ -194,9 +162,9 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     last = AVERAGED_STEPS + 2  # the last step validates
     validation = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
     rare = {"validation": validation, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
-    marks: list[Compute] = []
+    marks: list[int] = []
     trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
-    with trainer.run, ComputeCounter() as counter:
+    with trainer.run, FlopCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
         before = counter.now
         trainer.validator.score(trainer.state.policies)
@@ -207,4 +175,4 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     step = (marks[AVERAGED_STEPS] - marks[0]) * (1 / AVERAGED_STEPS)
     start = marks[0] - step - look - control
     cost = RunCost(step, start, look, control, config.validation.every, config.reference_eval_every)
-    return cost if start.flops >= 0 else replace(cost, start=NO_COMPUTE)
+    return cost if start >= 0 else replace(cost, start=0.0)

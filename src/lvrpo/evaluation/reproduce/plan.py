@@ -15,7 +15,7 @@ from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config, config_differences, load_config, parse_section, read_tree, tree_sha256
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
-from lvrpo.evaluation.reproduce.compute import AnyConfig, Compute, RunCost, count_cost
+from lvrpo.evaluation.reproduce.compute import AnyConfig, RunCost, count_cost
 from lvrpo.evaluation.suite import SAMPLING
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
@@ -345,8 +345,8 @@ class Recipes:
         return config.model_copy(update={"steps": steps, "policy": self.base_model(base), "device": self.device})
 
     @cached_property
-    def budget(self) -> Compute:
-        """The compute budget of every row."""
+    def budget(self) -> float:
+        """The budget of every row, FLOPs."""
         config = self.reference()
         return self.cost(config, self.experiment.tuning.base).total(config.steps)
 
@@ -355,7 +355,7 @@ class Recipes:
         config = self.config(row, member, base, seed)
         if self.experiment.rows[row].start == "scratch":
             cost, own = self.cost(config, base), self.base_config(base).steps
-            steps = cost.steps_within(self.budget, cost.total(own))
+            steps = cost.steps_within(self.budget + cost.total(own))
         else:
             first = self.experiment.tuning.base  # the same number of steps for all bases and seeds
             cost = self.cost(self.config(row, member, first, 0), first)

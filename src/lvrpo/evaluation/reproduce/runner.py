@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,7 @@ class Runner:
             "score": _validation_score(tuned),
             "tasks": {task: max(grid.values()) for task, grid in tuned.grid.items()},
             "steps": trained.steps,
-            **asdict(cost.total(trained.steps)),
+            "flops": cost.total(trained.steps),
             "seconds": trained.seconds,
         }
         write_atomic(folder / MEMBER, json_text(found).encode())
@@ -286,7 +286,7 @@ class Runner:
         plan, folder = self.experiment.rows[job.row], self._folder(job)
         member: tuple[str, ...] = ()
         config = None
-        cost: dict[str, Any] = {"steps": 0, "flops": 0.0, "passes": 0.0}
+        cost: dict[str, Any] = {"steps": 0, "flops": 0.0}
         if plan.trained:
             member = self.best_overrides(job.row)
             config, counted = self.recipes.within_budget(job.row, member, job.base, job.seed)
@@ -294,7 +294,7 @@ class Runner:
             spent = counted.total(trained.steps)
             if plan.start == "scratch":
                 spent = spent - counted.total(self.recipes.base_config(job.base).steps)
-            cost = {"steps": trained.steps, **asdict(spent), "flops_per_step": counted.step.flops}
+            cost = {"steps": trained.steps, "flops": spent, "flops_per_step": counted.step}
         else:
             folder.mkdir(parents=True, exist_ok=True)
             trained = TrainedRun(load_policy(self.recipes.base_model(job.base), self.recipes.device))
@@ -314,7 +314,7 @@ class Runner:
             "recipe": self.recipes.recipe(config, job.base),
             "config_sha256": None if config is None else config_sha256(config),
             **cost,
-            "budget_flops": self.recipes.budget.flops if plan.trained else 0.0,
+            "budget_flops": self.recipes.budget if plan.trained else 0.0,
             "training_seconds": round(trained.seconds, 1),
             "test_seconds": round(time.perf_counter() - started, 1),
             "test_opened": time.strftime("%Y-%m-%d", time.gmtime()),
