@@ -127,7 +127,7 @@ def test_values_of_the_columns(folder: Path) -> None:
     assert against.interval.score == pytest.approx(14 / 16 - 0.8, abs=1 / 255)  # on the prompts sampled often alone
     rival = strongest_rival(PLAN, DRAWINGS, evidence)
     assert rival is not None
-    assert rival.row == "strong"
+    assert rival[0] == "strong"
 
 
 def test_the_page_says_what_there_is_and_what_there_is_not(folder: Path) -> None:

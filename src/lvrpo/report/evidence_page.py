@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,14 +42,6 @@ best of several drawings is known on the prompts that were sampled often, and co
 minimal true difference that these runs and prompts detect with probability .8. *Significant*: the interval excludes 0
 and p, adjusted for the rows of the table (Holm), is below {LEVEL}. Runs of one base are not independent: the number of
 bases stands beside that of runs."""
-
-
-@dataclass(frozen=True)
-class StrongestRival:
-    """The rival with the highest mean."""
-
-    row: str
-    column: Column
 
 
 def evidence_page(plan: TablePlan, evidence: Evidence) -> str:
@@ -197,27 +188,26 @@ def _significance(change: TwoWayInterval | None, p: float) -> str:
     return "higher" if change.interval.score > 0 else "lower"
 
 
-def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> StrongestRival | None:
-    """The rival with the highest mean among those that have run."""
+def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> tuple[str, Column] | None:
+    """The row and the column of the rival with the highest mean among those that have run."""
     found = [(name, column(plan, name, measure, evidence)) for name, row in plan.rows.items() if row.group == RIVAL]
-    known = [StrongestRival(name, each) for name, each in found if each.known]
-    return max(known, key=lambda each: each.column.mean, default=None)
+    return max((each for each in found if each[1].known), key=lambda each: each[1].mean, default=None)
 
 
 def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
     heads = ("measure", "strongest rival", "its score", plan.ours, "difference [95 %]", "detectable", "significant")
     rows = []
-    measures, changes = _measured(plan, evidence), list[tuple[StrongestRival | None, TwoWayInterval | None]]()
+    measures, changes = _measured(plan, evidence), list[tuple[tuple[str, Column] | None, TwoWayInterval | None]]()
     for measure in measures:
         rival = strongest_rival(plan, measure, evidence)
-        changes.append((rival, None if rival is None else _minus(plan, plan.ours, rival.row, measure, evidence)))
+        changes.append((rival, None if rival is None else _minus(plan, plan.ours, rival[0], measure, evidence)))
     adjusted = holm([float("nan") if change is None else change.p for _, change in changes])
     for measure, (rival, change), p in zip(measures, changes, adjusted, strict=True):
         if rival is None or change is None:
             rows.append((measure.heading, *["not run"] * 2, *[NONE] * 4))
             continue
-        ours = column(plan, plan.ours, measure, evidence)
-        scores = (rival.row, score(rival.column.mean), score(ours.mean))
+        (name, known), ours = rival, column(plan, plan.ours, measure, evidence)
+        scores = (name, score(known.mean), score(ours.mean))
         rows.append((measure.heading, *scores, _interval(change), _detectable(change), _significance(change, p)))
     note = (
         "Of the rivals that have run; a difference is of the runs that both have. The oracle and inference stand apart."

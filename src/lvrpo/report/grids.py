@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL import Image as PilImage
 
 from lvrpo.images import to_pil
 from lvrpo.types import Example, TaskKind
@@ -128,7 +127,7 @@ PER_ROW = 8
 """Images in a row, an edit with two."""
 
 
-def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[Example]]], side: int) -> PilImage.Image:
+def contact_sheet(title: str, examples: Iterable[tuple[TaskKind, str, Sequence[Example]]], side: int) -> Image.Image:
     """Rows of the examples of a task and category; images ``side`` pixels wide and high."""
     rows: list[tuple[str, list[Tile]]] = [(title, [])]
     for task, category, found in examples:

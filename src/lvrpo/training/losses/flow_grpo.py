@@ -4,7 +4,6 @@ DanceGRPO (arXiv:2505.07818)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,7 +18,7 @@ from lvrpo.algorithms import (
     velocity_regularizer,
 )
 from lvrpo.policies.base import FlowPolicy, require_method
-from lvrpo.policies.flow import flow_segment
+from lvrpo.policies.flow import ReplayedFlow, flow_segment
 from lvrpo.sampling import STEPS, step_weights
 from lvrpo.training.losses.base import FrozenPolicy, LossOutput, Microbatch, recorded_passes
 from lvrpo.training.losses.flow import ContrastConfig, ContrastObjective
@@ -104,7 +103,7 @@ class FlowGRPO(ContrastObjective):
             loss = loss + config.kl_coef * divergence
         return LossOutput(loss, metrics)
 
-    def _surrogate(self, batch: Microbatch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> SurrogateLoss:
+    def _surrogate(self, batch: Microbatch, segments: Sequence[FlowSegment], replayed: ReplayedFlow) -> SurrogateLoss:
         logprobs, reduction = replayed.logprobs, segments[0].logprob_reduction
         behavior = torch.stack([segment.behavior_logprobs for segment in segments]).to(logprobs)
         advantage = batch.advantages()[:, None].to(logprobs)
@@ -119,7 +118,7 @@ class FlowGRPO(ContrastObjective):
         drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
         return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
 
-    def _divergence(self, policy: FlowPolicy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
+    def _divergence(self, policy: FlowPolicy, batch: Microbatch, replayed: ReplayedFlow) -> torch.Tensor:
         ref = batch.frozen["reference"]
         if self.config.kl == "gaussian":
             reduction = flow_segment(batch.trajectories[0]).logprob_reduction
@@ -131,20 +130,11 @@ class FlowGRPO(ContrastObjective):
         return torch.stack(at_steps).mean()
 
 
-@dataclass(frozen=True)
-class ReplayedSteps:
-    """The W recorded steps of a batch of images, replayed."""
-
-    logprobs: Float[torch.Tensor, "B W"]
-    means: Float[torch.Tensor, "B W N C"]
-    stds: Float[torch.Tensor, " W"]
-
-
-def replay(policy: FlowPolicy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
+def replay(policy: FlowPolicy, trajectories: Sequence[Trajectory]) -> ReplayedFlow:
     """Replays the last segment of every trajectory, with its guidance."""
     scored = [rows[-1] for rows in policy.logprobs(trajectories)]
     assert all(row.means is not None and row.stds is not None for row in scored)
-    return ReplayedSteps(
+    return ReplayedFlow(
         torch.stack([row.logprobs for row in scored]),
         torch.stack([row.means for row in scored if row.means is not None]),
         torch.stack([row.stds for row in scored if row.stds is not None])[0],
