@@ -175,6 +175,31 @@ def test_several_sets_are_one_source_with_ids_of_their_own() -> None:
     assert [p.id for p in found.in_order()] == ["0/1", "1/1"]
 
 
+def test_sets_of_one_label_or_one_file_keep_their_own_pictures() -> None:
+    def table(file: str, *rows: tuple[str, str]) -> None:
+        Path(file).parent.mkdir(exist_ok=True)
+        columns = {
+            name: [{"bytes": png(row[i]), "path": None} for row in rows] for i, name in enumerate(("one", "two"))
+        }
+        columns |= {"prompt": [f"what is {row}?" for row in rows]}
+        parquet.write_table(pa.table(columns), file)
+
+    for folder, color in (("first", "red"), ("second", "blue")):
+        for part in range(2):
+            table(f"{folder}/{part}.parquet", (color, "green"))
+    keys = {"columns": {"images": "one"}, "task": "understand"}
+    sections = [
+        {**keys, "train": "first/*.parquet"},
+        {**keys, "train": "second/*.parquet"},
+        {**keys, "train": "second/0.parquet"},
+        {**keys, "train": "second/0.parquet", "columns": {"images": "two"}},
+    ]
+    found = DatasetPrompts([parse_section(DatasetConfig, section, "data.datasets") for section in sections])
+    shown = [prompt.images[0][:, 0, 0].tolist() for prompt in found.in_order()]
+    red, green, blue = [1.0, 0.0, 0.0], [0.0, pytest.approx(128 / 255), 0.0], [0.0, 0.0, 1.0]
+    assert shown == [red, red, blue, blue, blue, green]
+
+
 def test_streaming_reads_a_range_once_and_then_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of the range and no others, in order; a run that goes on has them though the source is gone."""
     for number in range(3):

@@ -205,7 +205,8 @@ class _Records:
             pictures: dict[str, ImageFile] = {}
             for name in PICTURE_FIELDS:
                 if name in fields:
-                    fields[name] = _named_pictures(fields[name], f"{where}: {name}", pictures)
+                    # the prefix: two sets may have one label, or show different columns of one file
+                    fields[name] = _named_pictures(fields[name], f"{where}: {self.prefix}{name}", pictures)
             line = make_line(fields, where, key, self.label, lambda name: self._picture(name, pictures, where))
         except (ValueError, InputError) as error:
             message = " ".join(str(error).split()).removeprefix(f"{where}: ")
