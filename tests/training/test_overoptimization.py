@@ -9,11 +9,13 @@ import torch
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
-from lvrpo.statistics import divergence
+from lvrpo.statistics import Divergence, Interval, divergence
 from lvrpo.training import validation
+from lvrpo.training.checkpoint import list_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, stratified_mean
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.state import ValidationState
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt, RewardTable
 
@@ -221,3 +223,38 @@ def test_a_run_acts_on_a_detection(
         assert all(words.startswith("warned") for words in actions.values())
     if action != "warn" or not held_out:
         assert alignment.state.validation.best_step == 2  # before the watched score fell further
+
+
+def test_a_rollback_makes_its_checkpoint_the_best_though_validation_preferred_a_pruned_one(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation prefers step 0, then 4; the detector prefers step 2 and goes back there once 0 is deleted."""
+    (tmp_path / "tests_turn.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def verdict(self: Any, scores: Any, state: ValidationState, step: int) -> validation.ValidationReport:
+        preferred = step in (0, 4)
+        state.best_step = step if preferred else state.best_step
+        return validation.ValidationReport({}, "best" if preferred else "kept", ())
+
+    def detected(self: Overoptimization, step: int, *args: Any) -> tuple[str, Divergence] | None:
+        change = Interval(0.5, 0.4, 0.6, 8)
+        return ("generate", Divergence(0, change, Interval(-0.5, -0.6, -0.4, 8))) if step == 6 else None
+
+    def prefer_the_second(self: Overoptimization, step: int) -> bool:
+        self.best_step = min(step, 2)
+        return step == 2
+
+    monkeypatch.setattr(validation.Validator, "_compare", verdict)
+    monkeypatch.setattr(Overoptimization, "detect", detected)
+    monkeypatch.setattr(Overoptimization, "update_best", prefer_the_second)
+    watch = "{reward: tests_turn:rising, watch: tests_turn:falling, window: 2, action: rollback}"
+    watching = f"validation={{every: 2, prompts: {{generate: 7}}, overoptimization: {watch}}}"
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, watching, "keep_checkpoints=1"])
+    trainer = Trainer.start(config, Path("run"))
+    with trainer.run:
+        assert trainer.train()
+    assert trainer.state.validation.best_step == 2
+    assert trainer.state.validation.rollbacks == 1
+    assert [folder.name for folder in list_checkpoints(Path("run"))] == ["step_000002", "step_000008"]
+    trainer.result()

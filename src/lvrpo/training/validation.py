@@ -205,12 +205,13 @@ def apply_validation(
 
 
 def roll_back(config: TrainConfig, run: RunDirectory, state: TrainState, step: int) -> None:
-    """Loads a checkpoint and lowers the learning rates; the step and time counters continue."""
+    """Loads a checkpoint, from now on the best, and lowers the learning rates; step and time counters continue."""
     rollbacks, scale = state.validation.rollbacks + 1, state.validation.lr_scale
     current_step, seconds = state.step, state.seconds
     state.load(run.checkpoint_dir(step))
     state.step, state.seconds = current_step, seconds
     state.validation.rollbacks, state.validation.lr_scale = rollbacks, scale * ROLLBACK_LR
+    state.validation.best_step = step  # what was the best at that step may be deleted by now
 
 
 def check_overoptimization(
