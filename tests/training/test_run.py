@@ -20,7 +20,7 @@ from stored import killed_copy, stored
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, policy_folder
-from lvrpo.training.base_trainer import InterruptHandler
+from lvrpo.training.base_trainer import Interrupted, InterruptHandler
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.components import training_source
 from lvrpo.training.config import TrainConfig
@@ -313,6 +313,21 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(config: TrainConfig,
     assert line.startswith(f"interrupted after step {steps[-1]} of 200; the checkpoint is written")
     assert line.endswith("lvrpo train --resume run")
     verify_checkpoint(Path("run") / "checkpoints" / f"step_{steps[-1]:06d}")
+
+
+def test_a_signal_in_the_step_that_stops_a_run_does_not_undo_the_stop(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvrpo.training.trainer.apply_validation", lambda *_: True)
+    trainer = Trainer.start(config, Path("run"))
+    with trainer.run:
+        assert trainer.train(*stops_at(4))
+        with pytest.raises(Interrupted, match="interrupted after step 4 of 10"):
+            trainer.require_uninterrupted()
+    resumed = Trainer.resume(Path("run"))
+    with resumed.run:
+        assert resumed.train()
+        assert resumed.state.step == 4
 
 
 def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:

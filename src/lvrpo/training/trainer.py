@@ -239,7 +239,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                         )
                 stop = self.stop_requested(interrupted)
                 self.save_if_due(last=stopped or stop or state.step == config.steps)
-                if stop and state.step < config.steps:
+                if stop and not stopped and state.step < config.steps:
                     return False
         self.finish(state.validation.best_step)
         return True
