@@ -132,6 +132,22 @@ def test_refills_are_a_function_of_the_step() -> None:
     assert len(set.union(*drawn)) == sum(map(len, drawn))  # no two steps share a refill
 
 
+def test_no_outputs_are_drawn_twice_though_a_small_file_repeats_its_prompts() -> None:
+    class Small(Source):
+        def prompt(self, task: TaskKind, index: int) -> Prompt:
+            return super().prompt(task, index % 4)
+
+    settings = config(max_resamples=12)
+    rollouts = Rollouts(policies(), settings)
+    groups = rollouts.groups(prompts_of_step(Small(), settings, 0), 0)
+    seeds = {group.trajectories[0].seed for group in groups}
+    found, _, counts = resample(rollouts, Small(), REWARDS, groups, score_groups(REWARDS, groups, JUDGE), 0)
+    assert counts["refill/drawn"] > 4
+    fresh = [group.trajectories[0].seed for group, before in zip(found, groups, strict=True) if group is not before]
+    assert len(fresh) == len(set(fresh)) > 0
+    assert not seeds & set(fresh)
+
+
 def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
     class Failing(EveryThird):
         def score(self, groups: Sequence[Group], judge: Any) -> Scores:

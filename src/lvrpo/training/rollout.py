@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 RESAMPLE_OFFSET = 2**40
 """First prompt index of resampled groups, beyond those of regular steps."""
+NONE: Mapping[str, int] = MappingProxyType({})
+"""No prompts were sampled before in a step."""
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
@@ -267,9 +270,12 @@ def prompts_of_step(source: Task, config: TrainConfig, step: int) -> list[Prompt
     return prompts
 
 
-def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
-    """A seed per prompt, derived from its id; repetitions of a prompt within one step get different seeds."""
-    counts: Counter[str] = Counter()
+def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str, sampled: Mapping[str, int] = NONE) -> list[int]:
+    """A seed per prompt, derived from its id; repetitions of a prompt within one step get different seeds.
+
+    ``sampled``: how often each id was sampled before in the step.
+    """
+    counts = Counter(sampled)
     seeds: list[int] = []
     for prompt in prompts:
         repetition = counts[prompt.id]
@@ -285,17 +291,18 @@ def rollout(
     step: int,
     engine: EngineSampler | None = None,
     rewards: Sequence[ConfiguredReward] = (),
+    sampled: Mapping[str, int] = NONE,
 ) -> list[Group]:
     """A group per prompt: text sampled from the policy, images from the old policy; both from the reference offline.
 
     ``engine``: samples instead of the policy, with the same weights. ``rewards``: those that wait for other programs
-    begin to score each group once it is sampled.
+    begin to score each group once it is sampled. ``sampled``: as for ``prompt_seeds``.
     """
     names: tuple[SetName, SetName] = (
         ("policy", "old") if config.rollout.sample_from == "policy" else ("reference", "reference")
     )
     sampling = config.sampling(step)
-    seeds = prompt_seeds(prompts, config.seed, "rollout", step)
+    seeds = prompt_seeds(prompts, config.seed, "rollout", step, sampled=sampled)
     groups: dict[int, Group] = {}
     for name, has_image in zip(names, (False, True), strict=True):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == has_image]
@@ -305,11 +312,11 @@ def rollout(
                 with policies.use(name) as policy:
                     if engine is not None:
                         engine.sync_weights(policy)
-                    sampled = [] if engine is not None else sample_local(policy, *args)
+                    found = [] if engine is not None else sample_local(policy, *args)
                 if engine is not None:
-                    sampled = sample_local(engine, *args)
-                submit(sampled)
-            groups.update(zip(indices, sampled, strict=True))
+                    found = sample_local(engine, *args)
+                submit(found)
+            groups.update(zip(indices, found, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
 
@@ -375,9 +382,9 @@ class Rollouts:
             self.cache[step] = self.sample(prompts, step)
         return self.cache[step]
 
-    def sample(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+    def sample(self, prompts: Sequence[Prompt], step: int, sampled: Mapping[str, int] = NONE) -> list[Group]:
         """``rollout`` without the cache."""
-        return rollout(self.policies, prompts, self.config, step, self.engine, self.rewards)
+        return rollout(self.policies, prompts, self.config, step, self.engine, self.rewards, sampled)
 
 
 def resample(
@@ -396,6 +403,7 @@ def resample(
     groups, budget = list(groups), config.rollout.max_resamples
     tasks = torch.tensor([TASKS.index(group.prompt.task) for group in groups])
     drawn: Counter[str] = Counter()
+    sampled = Counter(group.prompt.id for group in groups)
     while True:
         trained = table.trained()
         signal = signal_mask(trained.scores, trained.mask, config.advantages.std_floor)
@@ -410,7 +418,8 @@ def resample(
                 task = groups[p].prompt.task
                 prompts.append(source.prompt(task, RESAMPLE_OFFSET + step * config.rollout.max_resamples + drawn[task]))
                 drawn[task] += 1
-        fresh = rollouts.sample(prompts, step)
+        fresh = rollouts.sample(prompts, step, sampled)
+        sampled.update(prompt.id for prompt in prompts)
         with rollouts.policies.use("judge") as judge:
             scores = score_local(rewards, fresh, judge, step)
         table = replace_rows(table, rows, scores)
