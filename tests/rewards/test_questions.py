@@ -12,6 +12,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.base import judge_fingerprint, override_fingerprint
 from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import QuestionConfig, QuestionGenerator, kind_of, parse_questions
@@ -120,6 +121,15 @@ def test_what_is_kept_belongs_to_prompt_template_and_writer(tmp_path: Path) -> N
     writer = Writer(WRITTEN)
     assert generator(tmp_path, limit=1).questions([CUBE], writer)[0] == (Fact("exists", "is there a red cube?", "yes"),)
     assert not writer.asked
+
+
+def test_what_other_weights_write_in_the_place_of_the_judge_is_not_kept(tmp_path: Path) -> None:
+    """As where judge drift is measured: the judge could write no questions, the trained weights can."""
+    judge, trained = Writer("nothing to ask"), Writer(WRITTEN)
+    (failed,) = generator(tmp_path).questions([CUBE], judge)
+    with override_fingerprint(judge_fingerprint(judge)):
+        assert len(generator(tmp_path).questions([CUBE], trained)[0]) == 2
+    assert generator(tmp_path).questions([CUBE], judge) == [failed]
 
 
 @pytest.mark.parametrize(

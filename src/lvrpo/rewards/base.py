@@ -179,13 +179,18 @@ _stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
 def override_fingerprint(identity: str) -> Iterator[None]:
     """Inside, every ``judge_fingerprint`` is ``identity``: the trained weights score in the place of that judge.
 
-    Cached questions of the judge (``rewards.questions``) are then used for the trained weights too.
+    Cached questions of the judge (``rewards.questions``) are then used for the trained weights too, and none are added.
     """
     token = _stand_in.set(identity)
     try:
         yield
     finally:
         _stand_in.reset(token)
+
+
+def is_fingerprint_overridden() -> bool:
+    """Whether other weights score in the place of the judge (``override_fingerprint``)."""
+    return _stand_in.get() is not None
 
 
 def join_judges(*sources: object) -> str:

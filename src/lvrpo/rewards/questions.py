@@ -19,7 +19,7 @@ from lvrpo.data.base import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Judge, Sampling
 from lvrpo.reading import read_json_object
-from lvrpo.rewards.base import judge_fingerprint
+from lvrpo.rewards.base import is_fingerprint_overridden, judge_fingerprint
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, strip_thinking
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
@@ -235,9 +235,10 @@ class QuestionGenerator:
             if kept is not None:
                 answers[key] = kept
         new = [key for key in distinct if key not in answers]
+        keep = self.endpoint is not None or not is_fingerprint_overridden()  # else the key names other weights
         for key, answer in zip(new, self._ask([distinct[key] for key in new], judge), strict=True):
             answers[key] = answer
-            if isinstance(answer, str) and parse_questions(answer):
+            if keep and isinstance(answer, str) and parse_questions(answer):
                 self.cache.put(answer, *key)
         return [answers[key] for key in keys]
 
