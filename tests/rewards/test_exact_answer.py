@@ -41,6 +41,12 @@ QUESTION = Prompt("q", "understand", ("how many ?",), ("text",), answer="three")
         ("(A)", "a"),
         ("The", "the"),
         ("theory", "theory"),
+        ("−7", "-7"),
+        ("दिन।", "दिन"),
+        ("नी\u0943ला", "नी\u0943ला"),
+        ("ดี", "ดี"),
+        ("3\ufe0f", "3"),
+        ("❤\ufe0f", ""),
     ],
 )
 def test_normalize_answer(text: str, normal: str) -> None:
@@ -64,6 +70,16 @@ def test_normalize_answer(text: str, normal: str) -> None:
         ("b", "A", False),
         ("", "3", False),
         ("3 circles", "3", False),
+        ("−3", "-3", True),
+        ("−3", "3", False),
+        ("दिन", "दान", False),  # day, gift: they differ in a vowel sign
+        ("कि", "की", False),
+        ("दिन!", "दिन", True),
+        (" <", "<", True),
+        ("<", ">", False),
+        ("=", "", False),
+        ("😀", "🎉", False),
+        ("<", "3", False),
     ],
 )
 def test_answers_match(given: str, right: str, match: bool) -> None:

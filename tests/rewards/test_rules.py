@@ -80,6 +80,7 @@ def test_numeric_scores() -> None:
     assert scores(Numeric(relative=0.1), NUMBER, "13.2", "13.3", "10.8", "-12") == [1, 0, 1, 0]
     assert scores(Numeric(absolute=0.5), NUMBER, "12.5", "12.51") == [1, 0]
     assert scores(Numeric(), NUMBER, "12 %", "0.12") == [1, 0]
+    assert scores(Numeric(), NUMBER, "of the 50% that is 12", "50% off: 0.12", "not 3, but 12 %") == [1, 0, 1]
     assert scores(Numeric(), replace(NUMBER, answer="12%"), "12 %", "0.12", "12") == [1, 1, 0]
 
 
@@ -113,6 +114,9 @@ CHOICE = Prompt("c", "reason", ("Which ?\nA. a red cat\nB. a dog\n(C) 7",), ("te
         ("I do not know", None),
         ("", None),
         ("the answer is a dog", None),
+        ("The answer is A because it is red.", "A"),
+        ("The answer is B because it is old.", "B"),
+        ("the answer is a as it is red", "A"),
     ],
 )
 def test_chosen(text: str, letter: str | None) -> None:

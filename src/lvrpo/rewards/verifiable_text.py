@@ -120,8 +120,12 @@ def is_right_answer(trajectory: Trajectory) -> bool:
 
 
 def answers_match(given: str, right: str) -> bool:
-    """Whether two answers are the same after normalisation."""
-    return normalize_answer(given) == normalize_answer(right)
+    """Whether two answers are the same after normalisation, or, if both are signs alone ("<"), letter for letter."""
+    one, two = normalize_answer(given), normalize_answer(right)
+    if one or two:
+        return one == two
+    signs, wanted = (unicodedata.normalize("NFKC", text).split() for text in (given, right))
+    return signs == wanted
 
 
 @lru_cache(maxsize=8192)  # the same short answers come in every step
@@ -130,11 +134,16 @@ def normalize_answer(text: str) -> str:
 
     An article that stands alone is the answer itself: choice "A" is not the empty text.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"[^\w\s.+\-/%]", " ", text)
+    text = unicodedata.normalize("NFKC", text).lower().replace("−", "-")
+    text = re.sub(r"[^\w\s.+\-/%]", lambda sign: sign[0] if _is_part_of_letter(sign[0]) else " ", text)
     words = [word for word in (word.rstrip(".") for word in text.split()) if word]
     words = [word for word in words if word not in ("a", "an", "the")] or words
     return " ".join(_plain_number(NUMBER_WORDS.get(word, word)) for word in words)
+
+
+def _is_part_of_letter(sign: str) -> bool:
+    """Whether it is a vowel sign or an accent, as in Hindi and Thai, of which ``\\w`` takes the letter alone."""
+    return unicodedata.category(sign) in ("Mn", "Mc") and not "\ufe00" <= sign <= "\ufe0f"  # variants of emoji
 
 
 def _plain_number(word: str) -> str:
@@ -180,12 +189,13 @@ class Numeric(TextRule):
 
     def matches(self, given: str, right: str) -> bool:
         """Whether the last numbers of two texts agree."""
-        one, two = last_number(given), last_number(right)
+        one, two = _last_number(given), last_number(right)
         if one is None or two is None:
             return False
-        if "%" in given and "%" not in right:
-            return self._close(one, two) or self._close(one * 100, two)
-        return self._close(one, two)
+        number, is_percent = one
+        if is_percent and "%" not in right:
+            return self._close(number, two) or self._close(number * 100, two)
+        return self._close(number, two)
 
     def _close(self, given: Fraction, right: Fraction) -> bool:
         relative, absolute = Fraction(str(self.relative)), Fraction(str(self.absolute))
@@ -194,7 +204,13 @@ class Numeric(TextRule):
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None without one. A division by zero is no number."""
-    found: tuple[int, Fraction] | None = None
+    found = _last_number(text)
+    return None if found is None else found[0]
+
+
+def _last_number(text: str) -> tuple[Fraction, bool] | None:
+    """``last_number``, and whether it has a percent sign."""
+    found: tuple[int, Fraction, bool] | None = None
     for match in _NUMBER.finditer(text):
         value = Fraction(match["top"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
         if match["bottom"] is not None:
@@ -205,11 +221,11 @@ def last_number(text: str) -> Fraction | None:
             value /= 100
         if match["sign"] in ("-", "−"):
             value = -value
-        found = match.start(), value
+        found = match.start(), value, match["percent"] is not None
     for match in re.finditer(r"[a-z]+", text.lower()):
         if match[0] in NUMBER_WORDS and (found is None or match.start() > found[0]):
-            found = match.start(), Fraction(NUMBER_WORDS[match[0]])
-    return None if found is None else found[1]
+            found = match.start(), Fraction(NUMBER_WORDS[match[0]]), False
+    return None if found is None else found[1:]
 
 
 # --- multiple_choice ---
@@ -218,7 +234,10 @@ def last_number(text: str) -> Fraction | None:
 _OPTION = re.compile(r"(?:^|\s)\(?([A-J])[.):]\s+(.+?)(?=\s+\(?[A-J][.):]\s|\s*$)", re.MULTILINE)
 _SAID = (
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}"),
-    re.compile(r"(?:answer|choice|option)\W{0,3}(?:is|:|=)?\s*\**\(?([A-Ja-j])\b(?!['’]|\s+\w)\)?", re.IGNORECASE),
+    re.compile(
+        r"(?:answer|choice|option)\W{0,3}(?:is|:|=)?\s*\**\(?([A-Ja-j])\b(?!['’]|\s+(?!(?:because|since|as|due)\b)\w)\)?",
+        re.IGNORECASE,
+    ),
     re.compile(r"\(([A-J])\)"),
     re.compile(r"(?:^|\n)\s*\**([A-J])\**[.):]"),
     re.compile(r"^\W*([A-Ja-j])\W*$"),
