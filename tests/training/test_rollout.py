@@ -232,6 +232,10 @@ def test_a_pool_with_on_policy_sampling_repeats_prompts_but_not_outputs() -> Non
             "data.prompts_per_step.generate=28: every reward is for other tasks only",
         ),
         (
+            {"rewards": [{"name": "exact_answer"}, {"name": "./rules.py:success"}]},
+            "rewards.success: metrics .* call verified success by this name: give the reward another label",
+        ),
+        (
             {"advantages": {"kind": "grpo", "joint": ["generate", "understand"]}},
             "name two tasks with as many prompts each",
         ),

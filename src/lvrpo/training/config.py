@@ -365,6 +365,11 @@ class TrainConfig(Config):
         if not any(r.weight for r in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
         for r in self.rewards:
+            if r.title == SUCCESS:
+                raise ValueError(
+                    f"rewards.{SUCCESS}: metrics and validation.overoptimization.watch call verified success by this "
+                    "name: give the reward another label"
+                )
             if r.normalize is not None and self.advantages.kind == "win_rate":
                 raise ValueError(
                     f"rewards.{r.title}.normalize={r.normalize}: advantages.kind=win_rate counts ranks, which no scale "
