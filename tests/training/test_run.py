@@ -404,6 +404,15 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
     assert "reward/generate/self_vqa" in rows[1]
     assert "reward/generate/success" not in rows[1]
     assert "reward/reason/success" in rows[1]
+    written = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(written.replace("blue", "gray"))
+    longer = own.model_copy(update={"steps": 3})
+    edited = pytest.raises(InputError, match=r"data\.jsonl\.train: the rows are not those .* \(edited\): restore them")
+    with pytest.warns(UserWarning, match="validation is not set"), edited:
+        Trainer.resume(Path("run"), longer)
+    Path("rows.jsonl").write_text(written)
+    with pytest.warns(UserWarning, match="validation is not set"), Trainer.resume(Path("run"), longer).run as run:
+        assert run.read_json("manifest.json")["resumed"]
 
 
 def fact(color: str) -> dict[str, str]:

@@ -222,15 +222,16 @@ def data_fingerprints(config: TrainConfig, components: Components) -> dict[str, 
 
 
 def require_same_rows(run: RunDirectory, found: Mapping[str, Any]) -> None:
-    """Raises InputError where the rows of data sets are not those that the run was started with."""
+    """Raises InputError where files of rows, or rows of data sets, are not those that the run was started with."""
     if not path_exists(run.path / MANIFEST):
         return
     began = run.read_json(MANIFEST).get("data", {})
     for split, now in found.items():
         before = began.get(split)
-        if isinstance(before, dict) and "rows" in now and now != before:
-            counts = f"{before.get('rows')} then, {now['rows']} now" if before.get("rows") != now["rows"] else "edited"
+        if isinstance(before, dict) and now["sha256"] != before.get("sha256"):
+            then, source = before.get("rows"), "datasets" if "rows" in now else "jsonl"
+            counts = f"{then} then, {now['rows']} now" if then != now.get("rows") else "edited"
             raise InputError(
-                f"data.datasets.{split}: the rows are not those that {run.path} was started with ({counts}): restore "
+                f"data.{source}.{split}: the rows are not those that {run.path} was started with ({counts}): restore "
                 "them, or start another run"
             )
