@@ -18,7 +18,7 @@ from torch import nn
 from lvrpo import distributed as d
 from lvrpo.cli import main
 from lvrpo.config import load_config
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.evaluation.scoring import evaluation_policy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
@@ -29,6 +29,7 @@ from lvrpo.training.data_parallel import sample_local, score_local
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.training.policies import Policies
+from lvrpo.training.preflight import Check, require
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import Trainer, train_step
 from lvrpo.types import Group, Prompt
@@ -110,6 +111,17 @@ def fail(folder: Path, prompts: Sequence[Prompt], where: str, broken: int, error
         differentiate(policies, groups, advantages_of(groups), config)
     except LvrpoError as raised:
         return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def contract(broken: int) -> str:
+    """What each rank raises where a check of the step-0 contract fails on one of them."""
+    own = d.rank() == broken
+    check = Check("scores that failed", 0.5 * own, 0.0, not own, "judge: HTTP 503")
+    try:
+        require([check])
+    except ContractError as raised:
+        return str(raised)
     return ""
 
 

@@ -179,6 +179,12 @@ def test_what_fails_in_one_rank_is_raised_in_all(
         assert (str(error) if own else f"RuntimeError: {error}") in raised
 
 
+def test_a_contract_that_one_rank_breaks_ends_all(tmp_path: Path) -> None:
+    """Each rank scores the batch of the contract itself, and an endpoint may fail for one of them."""
+    words = "process 1 of 2: step-0 contract: scores that failed is 0.5, limit 0: judge: HTTP 503"
+    assert in_processes(tmp_path, 2, work.contract, 1) == [words, words]
+
+
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_policies_of_an_evaluation_answer_in_the_order_of_the_question(
     size: int, lively_base: Path, prompts: list[Prompt], tmp_path: Path

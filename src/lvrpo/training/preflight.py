@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.data.base import Task
-from lvrpo.distributed import POLICY, is_main
+from lvrpo.distributed import POLICY, is_main, relay_errors
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import FlowPolicy, RolloutPolicy, require_method
 from lvrpo.rewards.config import ConfiguredReward
@@ -306,11 +306,12 @@ def _divergence_inputs(policy: FlowPolicy, trajectories: Sequence[Trajectory], k
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raises ContractError for the first failed check."""
-    for check in checks:
-        if not check.ok:
-            measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
-            raise ContractError(f"step-0 contract: {measured}: {check.detail}")
+    """Raises ContractError for the first failed check, on all ranks: scores of an endpoint differ between them."""
+    with relay_errors():
+        for check in checks:
+            if not check.ok:
+                measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
+                raise ContractError(f"step-0 contract: {measured}: {check.detail}")
 
 
 def preflight_checks(
