@@ -134,6 +134,12 @@ def test_parquet_with_the_bytes_of_pictures() -> None:
     assert shown(second) == [RED, "which ?"]
 
 
+def test_an_answer_of_32_bits_is_the_number_that_was_meant() -> None:
+    answers = pa.array([0.1, -2.5, None, 3.0], pa.float32())
+    parquet.write_table(pa.table({"prompt": list("abcd"), "answer": answers}), "rows.parquet")
+    assert [p.answer for p in prompts(train="rows.parquet", task="reason")] == ["0.1", "-2.5", None, "3.0"]
+
+
 def test_a_folder_of_pictures_and_ranges_of_its_rows() -> None:
     """In order all of one class come first, and shuffled the order is the same each time, so that ranges are apart."""
     folder = str(folder_of())

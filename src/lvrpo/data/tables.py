@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
@@ -259,6 +260,8 @@ def plain(value: Any, feature: Any) -> Any:
     kind = type(feature).__name__
     if value is None:
         return None
+    if kind == "Value" and feature.dtype in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))  # .1 and not .10000000149011612
     if kind == "Json":
         return json.loads(value) if isinstance(value, str) else value
     if kind == "ClassLabel":
