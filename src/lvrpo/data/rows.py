@@ -183,7 +183,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     rule = problem["msg"][0].lower() + problem["msg"][1:].replace("Input should", "should")
-    return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
+    remedy = f': write "{_short(value)}"' if problem["type"] == "string_type" and isinstance(value, int | float) else ""
+    return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}{remedy}"
 
 
 OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
