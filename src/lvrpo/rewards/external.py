@@ -150,7 +150,7 @@ class ExternalVLM:
             alone = torch.stack([self._forward(row, count)[0] for row in rows])
             close = 1e-3 if self.model.dtype == torch.float32 else 5e-2
             self._batches = together.shape == alone.shape and torch.allclose(together, alone, rtol=0, atol=close)
-            return list(alone)
+            return list(together if self._batches else alone)  # as after the first one, so that resuming moves nothing
         if together.shape != (len(rows),):
             return [self._forward(row, count)[0] for row in rows]
         return list(together)
