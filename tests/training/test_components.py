@@ -177,6 +177,14 @@ def test_a_run_can_be_made_longer_as_if_it_had_been_so_from_the_start(small_base
             Trainer.resume(Path("grown"), short.model_copy(update={"steps": 1}))
         with pytest.raises(InputError, match=r"has finished.*steps=4"):
             Trainer.resume(Path("grown"), short)
+        tensors = next(Path("grown/checkpoints/step_000002/state/tensors").glob("*.safetensors"))
+        whole = tensors.read_bytes()
+        tensors.write_bytes(whole[:-1])
+        before = {path: path.read_bytes() for path in Path("grown").rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match=r"safetensors: has \d+ of \d+ bytes: use another checkpoint"):
+            Trainer.resume(Path("grown"), long)
+        assert {path: path.read_bytes() for path in Path("grown").rglob("*") if path.is_file()} == before
+        tensors.write_bytes(whole)
         again = Trainer.resume(Path("grown"), long)
         with again.run:
             assert again.train()

@@ -143,10 +143,10 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 data = data_fingerprints(config, components)
                 require_same_rows(run, data)
                 policy = load_run_policy(require_start(run), config, base)
-            if extended:
-                extend_run(run, config, data)
             trainer = cls(config, run, TrainState.start(policy, config), components, base)
             trainer.restore()
+            if extended:  # the results of the shorter run stay where it cannot go on
+                extend_run(run, config, data)
             rollout_log.truncate(run, trainer.state.step or -1)
             run.write_manifest(config, {"run": config.seed}, data)
         except BaseException:  # interrupts too: the lock is released
