@@ -141,6 +141,8 @@ ROWS = [
     ([{**DRAW, "task": "paint"}], "field 'task' is 'paint'"),
     ([{**DRAW, "prompt": "  "}], "field 'prompt' is blank"),
     ([{**DRAW, "prompt": 3}], "field 'prompt' is 3: it should be a valid string: write \"3\""),
+    ([{**DRAW, "category": "a \ud83d"}], r"field 'category' is 'a \ud83d': holds half of a character: write it whole"),
+    ([{**DRAW, "facts": [{"question": "\udc00?", "answer": "a"}]}], "field 'facts' is ["),
     ([{**DRAW, "answer": 7.5}], "field 'answer' is 7.5: it should be a valid string: write \"7.5\""),
     ([{**DRAW, "images": "a.png"}], "field 'images' is 'a.png': it should be a valid list"),
     ([{**DRAW, "target": 5}], "field 'target' is 5"),

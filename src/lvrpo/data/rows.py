@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,9 @@ def parse_row(data: Any, task: TaskKind | None = None) -> Row:
     older = next((name for name in OLDER_NAMES if name in data), None)
     if older is not None:
         raise ValueError(f"field '{older}' is of an older format: write {OLDER_NAMES[older]}")
+    for name, value in data.items():
+        if _SURROGATE.search(json.dumps(value, ensure_ascii=False, default=repr)):
+            raise ValueError(f"field {name!r} is {_short(value)}: holds half of a character: write it whole")
     try:
         return Row.model_validate(data)
     except ValidationError as error:
@@ -190,6 +194,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
 OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
 """Former names of fields of questions, with their present names."""
 _TYPE_NAMES = ("str", "list[")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What a text that was cut inside an emoji ends with: no file can hold it."""
 
 
 def _short(value: Any) -> str:
