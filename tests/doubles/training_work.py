@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from lvrpo.rewards.base import Scores, judge_fingerprint
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import sample_local, score_local
+from lvrpo.training.judge import JudgeConfig, JudgeRefresh
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.training.policies import Policies
@@ -123,6 +125,21 @@ def contract(broken: int) -> str:
     except ContractError as raised:
         return str(raised)
     return ""
+
+
+def refreshed() -> tuple[str, list[tuple[str, str]]]:
+    """What each rank does with a candidate for the judge that rank 1 alone finds worse, and the sets it copied."""
+    copied: list[tuple[str, str]] = []
+
+    def measure(name: str) -> torch.Tensor:
+        return torch.tensor([0.5 - 1e-7 * (name == "ema" and d.rank() == 1)])
+
+    sets: Any = SimpleNamespace(
+        use=nullcontext, weights=SimpleNamespace(copy=lambda *names: copied.append(cast(Any, names)))
+    )
+    rows: Any = SimpleNamespace(measures=lambda: {"held_out": measure})
+    row = JudgeRefresh(JudgeConfig(refresh_every=1)).update(1, sets, rows)
+    return row["judge/action"].partition(":")[0], copied
 
 
 def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:

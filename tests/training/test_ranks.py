@@ -185,6 +185,11 @@ def test_a_contract_that_one_rank_breaks_ends_all(tmp_path: Path) -> None:
     assert in_processes(tmp_path, 2, work.contract, 1) == [words, words]
 
 
+def test_a_new_judge_is_that_of_all_ranks_or_of_none(tmp_path: Path) -> None:
+    """Each rank measures the candidate itself, and one may round a tie to a difference."""
+    assert in_processes(tmp_path, 2, work.refreshed) == [("refreshed", [("judge", "ema")])] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_policies_of_an_evaluation_answer_in_the_order_of_the_question(
     size: int, lively_base: Path, prompts: list[Prompt], tmp_path: Path

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
+from lvrpo.distributed import gather
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, require_method
 from lvrpo.rewards.base import Side, judge_fingerprint, override_fingerprint
@@ -119,7 +120,8 @@ class JudgeRefresh:
             present, proposed = found
             row |= {f"judge/{name}": present, f"judge/candidate_{name}": proposed}
             no_worse.append(proposed >= present)  # False for a candidate without numbers
-        if not no_worse or not all(no_worse):
+        accepted = gather(bool(no_worse) and all(no_worse))[0]  # ranks may round differently
+        if not accepted:
             self.refused += 1
             return {**row, "judge/action": "refused", "judge/refused": self.refused}
         policies.weights.copy("judge", candidate)
