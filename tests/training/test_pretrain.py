@@ -15,7 +15,13 @@ from lvrpo.policies.mot.policy import remaining
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.optimizer import update_ema
-from lvrpo.training.pretrain import PretrainConfig, SupervisedState, initial_policy
+from lvrpo.training.pretrain import (
+    PretrainConfig,
+    Representation,
+    RepresentationConfig,
+    SupervisedState,
+    initial_policy,
+)
 
 BATCH = {"generate": 6, "caption": 3, "question": 8, "edit": 3, "reason": 4}
 
@@ -133,6 +139,21 @@ def test_the_weights_of_the_losses(trainer: Callable[..., SupervisedState]) -> N
     assert all(double[expert] == pytest.approx(2 * plain[expert], rel=1e-4) for expert in plain)
     assert first_norms(text_weight=0.5, image_weight=0.0)["generate"] == 0
     assert first_norms(text_weight=0.0, image_weight=1.0)["generate"] == pytest.approx(plain["generate"], rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_head_of_representation_alignment() -> None:
+    policy = initial_policy(make_config())
+    assert isinstance(policy, TinyPolicy)
+    representation = Representation(RepresentationConfig(weight=0.5, layer=1), policy, lr=0.1, seed=0)
+    first, *others = representation.head.parameters()
+    before = [parameter.detach().clone() for parameter in (first, *others)]
+    for value in (float("nan"), 1.0):
+        for parameter in others:
+            parameter.grad = torch.ones_like(parameter)
+        first.grad = torch.full_like(first, value)
+        representation.step(1.0)
+        same = [torch.equal(one, other) for one, other in zip(before, (first, *others), strict=True)]
+        assert same == [value != value] * 4
 
 
 def test_the_average_is_short_at_first(trainer: Callable[..., SupervisedState]) -> None:

@@ -97,10 +97,11 @@ class Representation(nn.Module):
         return repa_loss(self.head(features), targets)
 
     def step(self, rate: float) -> None:
-        """Steps the head at ``rate`` times its learning rate."""
+        """Steps the head at ``rate`` times its learning rate, unless a gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
-        self.optimizer.step()
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for _, p in self.named):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
