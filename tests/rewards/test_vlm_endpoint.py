@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,10 @@ def test_a_template_with_an_answer_judges_texts(group: Callable[..., Group], ser
     assert scores.values[0, 0] == pytest.approx(0.9)
     assert scores.failures == {(0, 1): "the answer is empty"}
     assert server.bodies[0]["messages"][0]["content"][-1]["text"] == "what is it? A student says cube. 0 to 10?"
+    braces = replace(QUESTION, parts=("what does {answer} mean?",))
+    reward.score([group(braces, [["a {prompt}"]])], None)  # type: ignore[arg-type]
+    asked = server.bodies[-1]["messages"][0]["content"][-1]["text"]
+    assert asked == "what does {answer} mean? A student says a {prompt}. 0 to 10?"
 
 
 def test_where_it_applies(server: Any, tmp_path: Path) -> None:

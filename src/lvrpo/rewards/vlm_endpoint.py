@@ -144,7 +144,8 @@ class VLMEndpoint(Config):
     def _requests(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
         if self._of_text:
-            words = self._template.replace("{prompt}", prompt.text).replace("{answer}", trajectory.text or "")
+            texts = {"{prompt}": prompt.text, "{answer}": trajectory.text or ""}
+            words = re.sub("{prompt}|{answer}", lambda name: texts[name[0]], self._template)  # not in the texts too
             return [((*prompt.images, words), "")]
         assert trajectory.image is not None
         if self.ask == "questions":
