@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +18,17 @@ from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.caption_back import CaptionBack, word_f1
-from lvrpo.rewards.config import RewardConfig
+from lvrpo.rewards.config import ConfiguredReward, RewardConfig
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.table import build_rewards
-from lvrpo.types import Group, Prompt
+from lvrpo.rewards.table import (
+    build_rewards,
+    complete_texts,
+    mask_batch_failures,
+    score_groups,
+    score_groups_unchecked,
+)
+from lvrpo.training.data_parallel import join_tables
+from lvrpo.types import Group, Prompt, RewardTable
 
 ASK = Prompt("q", "understand", (torch.zeros(3, 4, 4), "what ?"), ("text",), category="color")
 
@@ -114,16 +121,30 @@ def test_ties_minorities_and_empty_answers_are_masked() -> None:
     assert scores.values[2, [0, 2, 3]].tolist() == [1, 1, 0]
 
 
-def test_one_answer_to_every_question_is_a_collapse() -> None:
+def table_of(groups: Sequence[Group], votes: dict[str, float], parts: int = 1, **options: Any) -> RewardTable:
+    """Scores of all groups, of which each of ``parts`` processes has a part."""
+    source, judge = ConfiguredReward(RewardConfig(name="agreement"), Agreement(**options)), cast("Any", Reader(votes))
+    if parts == 1:
+        return score_groups([source], groups, judge)
+    own = [(rows, [groups[p] for p in rows]) for rows in (range(k, len(groups), parts) for k in range(parts))]
+    table = join_tables([(rows, score_groups_unchecked([source], some, judge)) for rows, some in own], groups)
+    return mask_batch_failures([source], [group.prompt for group in groups], complete_texts(groups), table)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_one_answer_to_every_question_is_a_collapse(parts: int) -> None:
     same = [asked(f"s{i}", "no", "no", "no", "yes", category="exists") for i in range(8)]
     varied = [asked(f"v{i}", word, word, "red", word) for i, word in enumerate(("blue", "pink", "green", "cyan") * 2)]
     judge = {"no": 0.8, "yes": 0.1, "red": 0.1, **dict.fromkeys(("blue", "pink", "green", "cyan"), 0.6)}
-    scores = voted([*same, *varied], judge)
-    assert set(scores.failures) == {(p, g) for p in range(8) for g in range(4)}
-    assert scores.failures[0, 0] == "agreement collapsed: the majorities of exists are all alike"
-    assert scores.values[8:].isfinite().all()
-    assert not voted(same, judge, entropy_floor=0).failures
-    assert not voted(same, judge, floor_groups=9).failures
+    table = table_of([*same, *varied], judge, parts)
+    assert set(table.reasons) == {(p, g, 0) for p in range(8) for g in range(4)}
+    assert table.reasons[0, 0, 0] == "failed: agreement collapsed: the majorities of exists are all alike"
+    assert not table.mask[:8].any()
+    assert not table.scores[:8].any()
+    assert table.mask[8:].all()
+    assert table.scores[8, :, 0].tolist() == [1, 1, 0, 1]
+    assert not table_of(same, judge, parts, entropy_floor=0).reasons
+    assert not table_of(same, judge, parts, floor_groups=9).reasons
 
 
 # --- description and comparison back ---

@@ -31,7 +31,7 @@ class Agreement(Config):
     majorities of a batch are nearly all the same for a category of questions, their entropy H = - sum_a q_a log q_a
     below ``entropy_floor`` log(number of different answers given to that category), that category is masked:
     agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
-    category.
+    category, of all processes together; in Ray actors, which see one group at a time, there is none.
 
     Where a drawing follows the text, the text alone is judged.
 
@@ -63,10 +63,9 @@ class Agreement(Config):
         answers = [[normalize_answer(text) for text in row] for row in texts]
         tallies = judged_votes(groups, texts, judge)
         majorities = [self._majority(tally) for tally in tallies]
-        collapsed = self._collapsed(groups, answers, majorities)
         values: dict[SampleIndex, float] = {}
         failures: Failures = {}
-        for p, (group, row, majority) in enumerate(zip(groups, answers, majorities, strict=True)):
+        for p, (row, majority) in enumerate(zip(answers, majorities, strict=True)):
             for g, answer in enumerate(row):
                 if not answer:
                     failures[p, g] = problems[p][g] or EMPTY
@@ -74,8 +73,6 @@ class Agreement(Config):
                     failures[p, g] = "the judge gave the answer no number"
                 elif majority is None:
                     failures[p, g] = "the group has no majority"
-                elif group.prompt.category in collapsed:
-                    failures[p, g] = collapsed[group.prompt.category]
                 else:
                     values[p, g] = float(answer == majority)
         return Scores.of(groups, values, failures)
@@ -86,20 +83,24 @@ class Agreement(Config):
             return None
         return first if tally[first] >= self.least * sum(tally.values()) else None
 
-    def _collapsed(
-        self, groups: Sequence[Group], answers: Sequence[Sequence[str]], majorities: Sequence[str | None]
-    ) -> dict[str, str]:
-        """The categories whose majorities are nearly all one answer, with the reason."""
+    def batch_failures(
+        self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]
+    ) -> dict[int, str]:
+        """The groups of categories whose majorities are nearly all one answer, with the reason."""
+        answers = [[normalize_answer(text) for text in row] for row in texts]
+        majorities = [
+            next((answer for answer, score in zip(*pair, strict=True) if score > 0), None)
+            for pair in zip(answers, scores, strict=True)
+        ]
         found = {}
-        for category in {group.prompt.category for group in groups}:
-            rows = [p for p, group in enumerate(groups) if group.prompt.category == category]
+        for category in {prompt.category for prompt in prompts}:
+            rows = [p for p, prompt in enumerate(prompts) if prompt.category == category]
             chosen = [answer for p in rows if (answer := majorities[p]) is not None]
             given = {answer for p in rows for answer in answers[p] if answer}
-            if len(chosen) < self.floor_groups:
-                continue
             limit = self.entropy_floor * math.log(max(2, len(given)))
-            if answer_entropy(chosen) * math.log(2) < limit:
-                found[category] = f"agreement collapsed: the majorities of {category or 'all questions'} are all alike"
+            if len(chosen) >= self.floor_groups and answer_entropy(chosen) * math.log(2) < limit:
+                reason = f"agreement collapsed: the majorities of {category or 'all questions'} are all alike"
+                found |= dict.fromkeys(rows, reason)
         return found
 
 

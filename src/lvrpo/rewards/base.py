@@ -67,6 +67,9 @@ class Reward(Protocol):
     - ``waits``: true if it waits for another program, such as a server, and has no ``sides``. It is then called in a
       thread, for some groups of a step while others are sampled, so it must read only prompts and outputs, score each
       group by itself, not use the GPU, and not change what the process shares, such as random generators.
+    - ``batch_failures``: a method (prompts, texts, scores) that names groups of a whole batch, of all processes, that
+      have no score after all, as {group: reason}. Texts are those of the members, "" where one is empty or cut off;
+      scores are nan where they are missing.
     - ``relative``: true if scores only compare the members of a group. Held-out outputs, one per prompt, are then not
       scored.
     """

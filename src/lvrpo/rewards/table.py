@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,8 @@ from lvrpo.rewards.async_scoring import cancel_calls, wait_for_async_scores
 from lvrpo.rewards.base import Reward, judge_fingerprint
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig, checked_scores, configured_reward
 from lvrpo.rewards.remote import RemoteReward, remote_reward
-from lvrpo.types import Group, RewardTable
+from lvrpo.rewards.verifiable_text import text_problem
+from lvrpo.types import Group, Prompt, RewardTable
 
 NOT_APPLICABLE = "not applicable"
 MOST_FAILED = 0.5
@@ -59,6 +61,7 @@ def score_groups(sources: Sequence[ConfiguredReward], groups: Sequence[Group], j
     """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``, or where
     more scores failed than its ``max_failed``."""
     table = score_groups_unchecked(sources, groups, judge)
+    table = mask_batch_failures(sources, [group.prompt for group in groups], complete_texts(groups), table)
     require_few_failures(sources, table)
     return table
 
@@ -66,7 +69,7 @@ def score_groups(sources: Sequence[ConfiguredReward], groups: Sequence[Group], j
 def score_groups_unchecked(
     sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge: Judge, step: int = 0
 ) -> RewardTable:
-    """``score_groups`` without a limit on failed scores, as for a part of the groups.
+    """``score_groups`` without what concerns the whole batch, as for a part of the groups.
 
     ``step``: steps done, for the weights that follow a schedule.
     """
@@ -129,6 +132,32 @@ def _scored(sources: Sequence[ConfiguredReward], groups: Sequence[Group], judge:
         normalize={s.config.title: s.config.normalize for s in sources if s.config.normalize is not None},
         cut=cut,
     )
+
+
+def complete_texts(groups: Sequence[Group]) -> list[list[str]]:
+    """The last text of every member, "" where it is empty or cut off."""
+    return [["" if text_problem(t) else t.text or "" for t in group.trajectories] for group in groups]
+
+
+def mask_batch_failures(
+    sources: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[str]],
+    table: RewardTable,
+) -> RewardTable:
+    """Masks what ``Reward.batch_failures`` finds; all rows belong to one batch. ``texts``: of ``complete_texts``."""
+    scores, mask, reasons = table.scores.clone(), table.mask.clone(), dict(table.reasons)
+    for k, source in enumerate(sources):
+        find = getattr(source.reward, "batch_failures", None)  # optional
+        rows = [] if find is None else [p for p, prompt in enumerate(prompts) if source.scores(prompt)]
+        if find is None or not rows:
+            continue
+        known = torch.where(mask[rows, :, k], scores[rows, :, k], torch.nan).tolist()
+        for i, reason in find([prompts[p] for p in rows], [texts[p] for p in rows], known).items():
+            for g in mask[rows[i], :, k].nonzero()[:, 0].tolist():
+                reasons[rows[i], g, k] = f"failed: {reason}"
+            scores[rows[i], :, k], mask[rows[i], :, k] = 0, False
+    return replace(table, scores=scores, mask=mask, reasons=reasons)
 
 
 def require_few_failures(

@@ -14,7 +14,12 @@ from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
-from lvrpo.rewards.table import require_few_failures, score_groups_unchecked
+from lvrpo.rewards.table import (
+    complete_texts,
+    mask_batch_failures,
+    require_few_failures,
+    score_groups_unchecked,
+)
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
@@ -100,6 +105,9 @@ def score_local(
         table = join_tables(gather((local, table)), groups)
     if table is None:
         raise ContractError("no group has a trajectory to score: sample some")
+    if any(hasattr(source.reward, "batch_failures") for source in rewards):
+        texts = merge_ranks(dict(zip(local, complete_texts([groups[p] for p in local]), strict=True)))
+        table = mask_batch_failures(rewards, [group.prompt for group in groups], list(texts.values()), table)
     require_few_failures(rewards, table, most_failed)
     return table
 
