@@ -149,14 +149,19 @@ def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C
     raise InputError(f"{where}{between}{explain(cls, first, location)}")
 
 
+def config_tree(config: Config) -> Tree:
+    """The resolved configuration as a run keeps it: a path that begins with ./ or ../ is of the current folder."""
+    return _resolve_relative_paths(config.model_dump(mode="json"), Path())
+
+
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, keys in order of declaration; ``load_config`` restores an equal one."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """``config_tree`` as YAML, keys in order of declaration; ``load_config`` restores an equal configuration."""
+    return dump_yaml(config_tree(config))
 
 
 def config_sha256(config: Config) -> str:
     """Fingerprint of the resolved configuration; it does not depend on the order of keys."""
-    return tree_sha256(config.model_dump(mode="json"))
+    return tree_sha256(config_tree(config))
 
 
 def tree_sha256(tree: Mapping[str, Any]) -> str:

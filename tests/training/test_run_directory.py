@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from ranks import exit_code
 
-from lvrpo.config import Config, config_sha256
+from lvrpo.config import Config, config_sha256, load_config
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training import run_directory
 from lvrpo.training.checkpoint import checkpoint_writer, latest_checkpoint, save_state
@@ -34,6 +34,11 @@ class Root(Config):
     training: Training = Training()
     weights: dict[str, float] = Field(default_factory=dict)
     seed: int = 0
+
+
+class Named(Config):
+    rewards: tuple[dict[str, str], ...] = ()
+    file: Path | None = None
 
 
 def refusal(call: Any, *arguments: Any, **options: Any) -> str:
@@ -62,6 +67,21 @@ def test_create_then_open_gives_the_configuration_back(path: Path) -> None:
     with RunDirectory.open(path) as run:
         assert run.config(Root) == config
         run.require_config(config)
+
+
+def test_a_path_of_the_current_folder_stays_one_wherever_the_run_is_resumed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(Named, overrides=["rewards=[{name: ./mine.py:warm}]", "file=../rows.jsonl"])
+    with RunDirectory.create(path, config) as run:
+        run.write_manifest(config, seeds={})
+    with RunDirectory.open(path) as run:
+        run.require_config(config)  # the same command with --resume
+        monkeypatch.chdir("/")
+        saved = run.config(Named)
+    assert saved == Named(rewards=({"name": f"{tmp_path}/here/mine.py:warm"},), file=tmp_path / "rows.jsonl")
 
 
 def test_another_configuration_is_refused_and_nothing_overwritten(path: Path) -> None:

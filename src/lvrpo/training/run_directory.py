@@ -33,6 +33,7 @@ from lvrpo.config import (
     Config,
     config_differences,
     config_sha256,
+    config_tree,
     dump_config,
     load_config,
     parse_section,
@@ -221,8 +222,8 @@ class RunDirectory:
     def _differences(self, config: Config) -> list[str]:
         held = read_yaml(self.path / CONFIG)
         with suppress(InputError):  # of an older version: keys that did not exist then have their defaults
-            held = parse_section(type(config), held, "").model_dump(mode="json")
-        return config_differences(held, config.model_dump(mode="json"))
+            held = config_tree(parse_section(type(config), held, ""))
+        return config_differences(held, config_tree(config))
 
     def _require_unused(self, config: Config) -> None:
         with disk_errors(self.path, "read"):
