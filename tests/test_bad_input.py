@@ -43,6 +43,9 @@ class Failing(Base):
     def score(self, groups, judge):
         raise RuntimeError("the server is away")
 
+def of_lists(completions, **columns):
+    return [0.0 for _ in completions]
+
 class Silent:
     pass
 
@@ -121,6 +124,9 @@ def tables() -> None:
         "unknownfield": json.dumps({**question, "anwser": "red"}),
         "unknowntask": json.dumps({**question, "task": "undrstand"}),
         "outside": json.dumps({**question, "images": ["../secret.png"]}),
+        "address": json.dumps({**question, "images": ["https://host/red.png"]}),
+        "inline": json.dumps({**question, "images": ["data:image/png;base64,AAAA"]}),
+        "surrogate": json.dumps({**question, "images": ["\ud800.png"]}),
         "absent": json.dumps({**question, "images": ["absent.png"]}),
         "broken": json.dumps({**question, "images": ["text.png"]}),
         "animated": json.dumps({**question, "images": ["moving.gif"]}),

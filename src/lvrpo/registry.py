@@ -89,7 +89,7 @@ def resolve(
         found = adapt(_import(kind, name))
         _require_methods(kind, name, found, methods)
         return found
-    near = nearest(name, table, 0.5)
+    near = f"{name}:NAME" if name.endswith(".py") else nearest(name, table, 0.5)
     hint = f"did you mean {near}? " if near else ""
     raise InputError(
         f"{kind} {name!r}: unknown: {hint}there are {', '.join(sorted(table)) or 'none'}; "

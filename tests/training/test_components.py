@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +257,26 @@ def test_the_parameters_of_a_function_say_what_it_scores() -> None:
         assert (made.applies(group("red").prompt), made.applies(draw)) == (text, image)
     seen = reward(lambda prompt, answer, text: len(f"{prompt}{answer}{text}"))()
     assert seen.score([group("red", "blue")], object()).values.tolist() == [[len("xbluered")]]  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="takes nothing"):
-        reward(lambda: 1.0)
+    assert reward(lambda text, images=2: len(text) + images)(images=3).score([group("red")], object()).values == 6  # type: ignore[arg-type]
+
+
+async def late(text: str) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda: 1.0, "takes nothing"),
+        (lambda completions, **columns: [1.0 for _ in completions], "takes completions, a list, and is called for one"),
+        (lambda images, prompts, metadata: (images, {}), "takes images, a list"),
+        (lambda prompts, answer: [1.0], "takes prompts, a list"),
+        (late, "reward 'late': is async"),
+    ],
+)
+def test_a_function_that_scores_nothing_or_lists_is_refused(function: Callable[..., Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        reward(function)
 
 
 @pytest.mark.parametrize(

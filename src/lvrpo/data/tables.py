@@ -223,8 +223,6 @@ class _Records:
     def _picture(self, name: str, pictures: Mapping[str, ImageFile], where: str) -> ImageFile:
         decode, stored = self.config.check == "pixels", pictures.get(name)
         if stored is None:
-            if "://" in name:
-                raise InputError(f"{where}: picture {name!r} is an address: fetch the pictures and give their paths")
             return image_path(self.folder, name, where, decode, self.others)
         load_image(stored) if decode else check_image(stored)
         return stored

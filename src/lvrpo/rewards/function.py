@@ -23,6 +23,8 @@ PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
 }
 """Arguments of a function by the names of its parameters: the whole trajectory, the words of the prompt, its right
 answer, the generated text, the generated picture."""
+LISTS = frozenset({"completions", "images", "prompts"})
+"""Parameters of reward functions of other libraries, which score a whole batch."""
 OUTPUTS: tuple[OutputKind, ...] = ("text", "image")
 
 
@@ -84,10 +86,19 @@ def reward(
 def _parameter_names(function: Function) -> tuple[str, ...]:
     """Parameters of a function that are filled in; ("trajectory",) if its first parameter has another name.
 
-    Raises InputError for a function that takes nothing.
+    Raises InputError for a function that takes nothing or lists of outputs, and for a coroutine.
     """
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
     found = tuple(name for name in names if name in PARAMETERS)
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"reward {function.__name__!r}: is async, and nothing would wait for it: write it without")
+    lists = [name for name in names if name in LISTS and parameters[name].default is inspect.Parameter.empty]
+    if lists:
+        raise InputError(
+            f"reward {function.__name__!r}: takes {lists[0]}, a list, and is called for one output at a time: write "
+            f"def {function.__name__}(text), or another of {', '.join(PARAMETERS)}, and return one number"
+        )
     if not names:
         raise InputError(
             f"reward {function.__name__!r}: takes nothing: write def {function.__name__}(image), or another of "
