@@ -27,6 +27,7 @@ from lvrpo.distributed import is_main, world_size
 from lvrpo.errors import InputError
 from lvrpo.evaluation import suite, tuning
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
+from lvrpo.evaluation.experiment import scene_benchmarks
 from lvrpo.evaluation.items import ItemStore
 from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, with_sampling
 from lvrpo.evaluation.tuning import TunedSampling
@@ -64,7 +65,7 @@ def evaluate(options: Options) -> None:
 
 def evaluate_by_us(options: Options) -> None:
     """Our own benchmarks, and published ones with scorers of ours."""
-    options.benchmark = options.benchmark or ["scenes"]
+    options.benchmark = options.benchmark or list(scene_benchmarks(options.model))
     if options.tune is not None:
         tune(options)
         return

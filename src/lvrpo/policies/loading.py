@@ -184,8 +184,13 @@ def stored_image_size(model: str | Path) -> int | None:
 
 
 def possible_tasks(model: str | Path) -> tuple[TaskKind, ...]:
-    """The tasks that MODEL supports, found without loading it."""
+    """The tasks that MODEL supports, found without loading it; of an adapter those of its base, if that is there."""
     folder = policy_folder(model)
+    if has_adapter(folder):
+        try:
+            folder = policy_folder(read_base(folder))
+        except InputError:
+            return TASKS
     return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class
 
 

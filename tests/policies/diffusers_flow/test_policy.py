@@ -322,6 +322,7 @@ def test_an_adapter_is_read_by_peft_into_the_pipeline(
     assert torch.equal(segment(base.trajectories[0]).latent, segment(before.trajectories[0]).latent)
 
     policy.save(Path("adapter"))
+    assert possible_tasks("adapter") == policy.tasks
     again = load_policy("adapter")
     (loaded,) = again.sample(prompts[:1], ODE, [1])
     assert torch.equal(segment(loaded.trajectories[0]).latent, segment(moved.trajectories[0]).latent)
