@@ -38,6 +38,7 @@ COMMAND_LINE: list[Case] = [
     (("evaluate", "small", "--n", "0"), 2, "must be >= 1"),
     (("evaluate", "small", "--seed", "-1"), 2, "--seed"),
     (("evaluate", "small", "--n", "many"), 2, "must be a whole number"),
+    (("evaluate", "small", "--n", "1", "--benchmark", "edit", "--out", "/proc/new"), 2, "/proc/new: cannot be written"),
     (("evaluate", "small", "--json"), 2, "expected one argument"),
     (("evaluate",), 2, "error: MODEL is missing: see"),
     (("data", "check"), 2, "error: SOURCE is missing: see"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -19,8 +20,10 @@ import pytest
 import torch
 from processes import finish, in_ranks, start
 
+from lvrpo.atomic_io import write_atomic
 from lvrpo.cli import main, parse_command
 from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation import items
 from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name
 from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks, with_guidance_scales
 from lvrpo.policies.base import Policy, Sampling
@@ -83,6 +86,21 @@ def test_outputs_are_kept_for_people_to_look_at(policy: Policy, tmp_path: Path) 
     drawn = [json.loads(line) for line in (tmp_path / "generate" / ITEMS).read_text().splitlines()]
     assert all((tmp_path / "generate" / name).is_file() for row in drawn for name in row["images"])
     assert json.loads((tmp_path / "generate" / SETTINGS).read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("which", [1, 2])  # the settings, the first picture
+def test_a_full_disk_is_one_line(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
+    written: list[Path] = []
+
+    def full(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) == which:
+            raise OSError(errno.ENOSPC, "no space")
+        write_atomic(path, content)
+
+    monkeypatch.setattr(items, "write_atomic", full)
+    with pytest.raises(InputError, match=r"generate.*: cannot be written: the disk is full"):
+        evaluate(policy, find_benchmarks(["generate"]), sizes={"generate": 1}, options=kept(tmp_path))
 
 
 def test_a_folder_of_another_evaluation_is_refused(policy: Policy, tmp_path: Path) -> None:

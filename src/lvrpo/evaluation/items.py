@@ -18,6 +18,7 @@ from lvrpo.images import load_image, png
 from lvrpo.metrics import ReadBack
 from lvrpo.reading import Record, parse_json, read_json_object, read_text, validate_type
 from lvrpo.rewards.base import offline_group
+from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Group, Prompt, TextSegment
 
 SETTINGS, ITEMS = "settings.json", "items.jsonl"
@@ -86,8 +87,9 @@ class ItemStore:
                     f"{mine.get(other)!r:.80}: choose another folder (--out)"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode())
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode())
         _join_parts(folder)
         return ItemFolder(folder)
 
@@ -152,7 +154,8 @@ class ItemFolder:
             for member, trajectory in enumerate(item.group.trajectories):
                 if trajectory.image is not None:
                     name = f"{file_name(prompt.id)}-{member}.png"
-                    write_atomic(self.folder / name, png(trajectory.image))
+                    with disk_errors(self.folder):
+                        write_atomic(self.folder / name, png(trajectory.image))
                     pictures.append(name)
             row = {
                 "id": prompt.id,
@@ -167,9 +170,10 @@ class ItemFolder:
                 "images": pictures,
             }
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        with self._file.open("ab") as file:
-            file.write("".join(rows).encode())
-        sync(self._file)
+        with disk_errors(self._file):
+            with self._file.open("ab") as file:
+                file.write("".join(rows).encode())
+            sync(self._file)
 
     def pictures(self, prompt: Prompt, samples: int) -> list[bytes]:
         """The PNG files of a prompt; raises InputError for one that is missing or damaged."""
