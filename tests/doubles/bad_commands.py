@@ -222,7 +222,7 @@ DATA: list[Case] = [
     (("evaluate", "small", "--benchmark", "outside.jsonl"), 2, "outside.jsonl:1: picture '../secret.png' lies outside"),
     (("evaluate", "small", "--benchmark", "address.jsonl"), 2, "is an address: fetch the pictures and give their"),
     (("evaluate", "small", "--benchmark", "inline.jsonl"), 2, "is an address: fetch the pictures and give their"),
-    (("evaluate", "small", "--benchmark", "surrogate.jsonl"), 2, "picture '\\ud800.png' is no path: give a path"),
+    (("evaluate", "small", "--benchmark", "surrogate.jsonl"), 2, "surrogate.jsonl:1: field 'images' is"),
     (("evaluate", "small", "--benchmark", "absent.jsonl"), 2, "absent.jsonl:1: absent.png: no such picture file"),
     (("evaluate", "small", "--benchmark", "broken.jsonl"), 2, "not a picture that can be read"),
     (("evaluate", "small", "--benchmark", "animated.jsonl"), 2, "animated"),

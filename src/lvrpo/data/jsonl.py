@@ -74,14 +74,6 @@ def _read(path: Path, root: Path | None, decode: bool, problems: list[str] | Non
     return lines
 
 
-def _encodable(name: str) -> bool:
-    """Whether a file can have this name: half a surrogate pair, which JSON may hold, stands for no bytes."""
-    try:
-        return bool(os.fsencode(name))
-    except UnicodeEncodeError:
-        return False
-
-
 def image_path(folder: Path, name: str, where: str, decode: bool = False, root: Path | None = None) -> Path:
     """The path of a picture that lies in the folder or in ``root``, links followed.
 
@@ -89,7 +81,7 @@ def image_path(folder: Path, name: str, where: str, decode: bool = False, root: 
     """
     if "://" in name or name.startswith("data:"):
         raise InputError(f"{where}: picture {name!r} is an address: fetch the pictures and give their paths")
-    if not name or "\0" in name or not _encodable(name):
+    if not name or "\0" in name:
         raise InputError(f"{where}: picture {name!r} is no path: give a path relative to {folder}")
     if root is not None and not root.is_dir():
         raise InputError(f"root={root}: no such folder: give the folder that holds the pictures")
