@@ -123,7 +123,8 @@ def test_ties_minorities_and_empty_answers_are_masked() -> None:
 
 def table_of(groups: Sequence[Group], votes: dict[str, float], parts: int = 1, **options: Any) -> RewardTable:
     """Scores of all groups, of which each of ``parts`` processes has a part."""
-    source, judge = ConfiguredReward(RewardConfig(name="agreement"), Agreement(**options)), cast("Any", Reader(votes))
+    config = RewardConfig(name="agreement", clip=options.pop("clip", None))
+    source, judge = ConfiguredReward(config, Agreement(**options)), cast("Any", Reader(votes))
     if parts == 1:
         return score_groups([source], groups, judge)
     own = [(rows, [groups[p] for p in rows]) for rows in (range(k, len(groups), parts) for k in range(parts))]
@@ -143,6 +144,8 @@ def test_one_answer_to_every_question_is_a_collapse(parts: int) -> None:
     assert not table.scores[:8].any()
     assert table.mask[8:].all()
     assert table.scores[8, :, 0].tolist() == [1, 1, 0, 1]
+    clipped = table_of([*same, *varied], judge, parts, clip=(0.2, 0.8))
+    assert clipped.reasons == table.reasons
     assert not table_of(same, judge, parts, entropy_floor=0).reasons
     assert not table_of(same, judge, parts, floor_groups=9).reasons
 

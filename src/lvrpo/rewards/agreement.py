@@ -88,10 +88,10 @@ class Agreement(Config):
     ) -> dict[int, str]:
         """The groups of categories whose majorities are nearly all one answer, with the reason."""
         answers = [[normalize_answer(text) for text in row] for row in texts]
-        majorities = [
-            next((answer for answer, score in zip(*pair, strict=True) if score > 0), None)
-            for pair in zip(answers, scores, strict=True)
-        ]
+        majorities: list[str | None] = []
+        for row, own in zip(answers, scores, strict=True):
+            known = [(score, answer) for answer, score in zip(row, own, strict=True) if not math.isnan(score)]
+            majorities.append(max(known)[1] if known else None)  # the highest: 1, or what it was clipped to
         found = {}
         for category in {prompt.category for prompt in prompts}:
             rows = [p for p, prompt in enumerate(prompts) if prompt.category == category]
