@@ -192,6 +192,7 @@ MODELS_AND_RUNS: list[Case] = [
     (("train", "--resume", "unfinished", "--out", "new"), 2, "a resumed run stays where it is"),
     (("quickstart", "--resume", "finished", "--seed", "1"), 2, "--seed: a resumed run keeps its own"),
     (("quickstart", "--resume", "finished", "seed=1"), 2, "seed=1: a resumed run keeps its own settings"),
+    (("quickstart", "policy=tiny-token"), 2, "policy=tiny-token: write --policy MODEL, which also takes the recipe"),
     (("quickstart", "flow.kl_coff=1"), 2, "flow.kl_coff: unknown key: did you mean flow.kl_coef?"),
     (("quickstart", "--quick", "--policy", "small", "--out", "finished"), 2, "another configuration"),
     (("pretrain", "--resume", "unfinished"), 2, "unknown key"),

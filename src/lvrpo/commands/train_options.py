@@ -138,6 +138,9 @@ def quickstart_options(parser: Parser) -> None:
 def check_quickstart_keys(options: Options) -> None:
     from lvrpo.commands.keys import known_config
 
+    for override in options.overrides:
+        if override.startswith("policy="):
+            raise InputError(f"{override}: write --policy MODEL, which also takes the recipe of its family")
     if options.resume is None:
         known_config("TrainConfig", options.config or "quickstart", train_overrides(options))
 
