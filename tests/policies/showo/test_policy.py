@@ -141,20 +141,22 @@ def test_which_branch_has_a_gradient(
 
 
 def test_checkpointed_layers_give_the_same_gradient(folder: Path, prompts: list[Prompt]) -> None:
-    """Members then have whole rows instead of shared texts."""
+    """Members then have whole rows; those that share their texts have the same gradient by other sums."""
     policy = ShowoPolicy.load(folder)
     trajectories = members(policy.sample(prompts, replace(BASE, group_size=1), range(len(prompts))))
     gradients = []
-    for on in (False, True):
+    for on, whole in ((False, True), (True, True), (False, False)):
         policy.checkpoint_gradients(on)
+        policy.checkpointed = whole
         torch.stack([row.logprobs.sum() for rows in policy.logprobs(trajectories) for row in rows]).sum().backward()  # type: ignore[union-attr]
         gradients.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
         policy.zero_grad()
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-    assert gradients[0].keys() == gradients[1].keys() == trained
+    assert gradients[0].keys() == gradients[1].keys() == gradients[2].keys() == trained
     assert not any(name.startswith("magvit.") for name in trained)
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in trained)
     for name in trained:
-        assert float((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm()) < 1e-5
+        assert float((gradients[2][name] - gradients[1][name]).norm() / gradients[1][name].norm()) < 1e-5
 
 
 def test_low_precision_reads_the_same_codes(folder: Path, showo: ShowoPolicy, prompts: list[Prompt]) -> None:
