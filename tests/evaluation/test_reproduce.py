@@ -178,7 +178,7 @@ def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
 
 
 def test_a_run_costs_what_its_parts_do() -> None:
-    cost = RunCost(10.0, start=1.0, look=3.0, control=2.0, look_every=4, reference_eval_every=5)
+    cost = RunCost(10.0, start=1.0, validation=3.0, reference_eval=2.0, validation_every=4, reference_eval_every=5)
     assert cost.total(8) == 1 + 80 + 3 * (1 + 2) + 2 * 2
     assert cost.steps_within(cost.total(8)) == 8
     assert cost.steps_within(cost.total(8) - 1) == 7

@@ -260,15 +260,14 @@ def _region(find: Callable[[str], ImageFile], row: Row, images: tuple[ImageFile,
     return None
 
 
-def require_texts(check: Callable[[str], None], where: str, texts: list[str], judged: Row | Prompt | None) -> None:
+def require_texts(check: Callable[[str], None], where: str, texts: Sequence[str], judged: Row | Prompt | None) -> None:
     """Raises InputError, which begins with ``where``, where ``check`` refuses one of ``texts``.
 
     ``judged``: its answer and facts are checked too.
     """
-    if judged is not None:
-        texts += [judged.answer] if judged.answer else []
-        texts += [text for fact in judged.facts for text in (fact.question, fact.answer)]
-    for text in texts:
+    answers = [] if judged is None or not judged.answer else [judged.answer]
+    facts = [] if judged is None else [text for fact in judged.facts for text in (fact.question, fact.answer)]
+    for text in (*texts, *answers, *facts):
         try:
             check(text)
         except InputError as error:

@@ -198,7 +198,7 @@ def require_moved(policy: AdaptablePolicy, config: AdapterConfig, kinds: Collect
 
 
 def inject_adapter(policy: AdaptablePolicy, config: AdapterConfig, seed: int = 0) -> None:
-    """Injects a fresh adapter, float32, that multiplies in the dtype of the base; nothing else stays trainable."""
+    """Injects a fresh adapter, float32; nothing else stays trainable. LoRA multiplies in the dtype of its input."""
     peft, targets = peft_library(), config.targets(policy)
     policy.requires_grad_(False)
     settings = peft.LoraConfig(
@@ -217,19 +217,18 @@ def inject_adapter(policy: AdaptablePolicy, config: AdapterConfig, seed: int = 0
         if is_adapter(name):
             parameter.data = parameter.data.float()
     for layer in _layers(policy).values():
-        if not config.dora:  # whose norms are float32
-            layer.cast_input_dtype_enabled = False
-            for matrices in (layer.lora_A, layer.lora_B):
-                matrices[NAME] = InputDtypeLinear(matrices[NAME].weight)
-    if config.dora:  # peft initializes the norms at the base's dtype, but computes them in float32 in forward
-        for layer in _layers(policy).values():
+        if config.dora:  # peft initializes the norms at the base's dtype, but computes them in float32 in forward
             layer.lora_magnitude_vector[NAME].weight.data = torch.linalg.norm(layer.weight.float(), dim=1)
+            continue
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            matrices[NAME] = InputDtypeLinear(matrices[NAME].weight)
 
 
 class InputDtypeLinear(nn.Module):
-    """A matrix (out, in) without bias that multiplies in the dtype of its input, whatever its own.
+    """A linear layer without bias, weight (out, in), that multiplies in the dtype of its input, whatever its own.
 
-    So a float32 adapter on a bfloat16 base is computed, and its inputs kept for the backward pass, in bfloat16.
+    So a float32 adapter on a bfloat16 base is computed in bfloat16, and its inputs are kept so for the backward pass.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:

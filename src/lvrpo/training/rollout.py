@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 RESAMPLE_OFFSET = 2**40
 """First prompt index of resampled groups, beyond those of regular steps."""
-NONE: Mapping[str, int] = MappingProxyType({})
-"""No prompts were sampled before in a step."""
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
@@ -270,10 +267,10 @@ def prompts_of_step(source: Task, config: TrainConfig, step: int) -> list[Prompt
     return prompts
 
 
-def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str, sampled: Mapping[str, int] = NONE) -> list[int]:
+def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str, sampled: Mapping[str, int] | None = None) -> list[int]:
     """A seed per prompt, derived from its id; repetitions of a prompt within one step get different seeds.
 
-    ``sampled``: how often each id was sampled before in the step.
+    ``sampled``: how often each id was sampled before in the step; None: never.
     """
     counts = Counter(sampled)
     seeds: list[int] = []
@@ -291,7 +288,7 @@ def rollout(
     step: int,
     engine: EngineSampler | None = None,
     rewards: Sequence[ConfiguredReward] = (),
-    sampled: Mapping[str, int] = NONE,
+    sampled: Mapping[str, int] | None = None,
 ) -> list[Group]:
     """A group per prompt: text sampled from the policy, images from the old policy; both from the reference offline.
 
@@ -382,7 +379,7 @@ class Rollouts:
             self.cache[step] = self.sample(prompts, step)
         return self.cache[step]
 
-    def sample(self, prompts: Sequence[Prompt], step: int, sampled: Mapping[str, int] = NONE) -> list[Group]:
+    def sample(self, prompts: Sequence[Prompt], step: int, sampled: Mapping[str, int] | None = None) -> list[Group]:
         """``rollout`` without the cache."""
         return rollout(self.policies, prompts, self.config, step, self.engine, self.rewards, sampled)
 

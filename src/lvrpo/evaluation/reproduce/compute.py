@@ -117,18 +117,18 @@ class RunCost:
     """A step without validation: rollout, judge, reference, old policy and update."""
     start: float = 0.0
     """Once per run: the preflight checks."""
-    look: float = 0.0
+    validation: float = 0.0
     """A validation."""
-    control: float = 0.0
+    reference_eval: float = 0.0
     """A rollout of the reference."""
-    look_every: int = 1
+    validation_every: int = 1
     reference_eval_every: int = 1
 
     def total(self, steps: int) -> float:
-        """Cost of ``steps`` steps, with validations at the start, every ``look_every`` steps and at the end."""
-        validations = 1 + -(-steps // self.look_every)
-        controls = -(-steps // self.reference_eval_every)
-        return self.start + self.step * steps + self.look * validations + self.control * controls
+        """Cost of ``steps`` steps, with validations at the start, every ``validation_every`` steps and at the end."""
+        validations = 1 + -(-steps // self.validation_every)
+        evals = -(-steps // self.reference_eval_every)
+        return self.start + self.step * steps + self.validation * validations + self.reference_eval * evals
 
     def steps_within(self, budget: float) -> int:
         """The largest number of steps within the budget; raises InputError where it is 0."""
@@ -160,19 +160,19 @@ def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
 
 def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     last = AVERAGED_STEPS + 2  # the last step validates
-    validation = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
-    rare = {"validation": validation, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
+    changed = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
+    rare = {"validation": changed, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
     marks: list[int] = []
     trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
     with trainer.run, FlopCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
         before = counter.now
         trainer.validator.score(trainer.state.policies)
-        look = counter.now - before
+        validation = counter.now - before
         prompts = prompts_of_step(trainer.source, config, 0)
         reference_rollout(trainer.state.policies, prompts, config, 0)
-        control = counter.now - before - look
+        reference_eval = counter.now - before - validation
     step = (marks[AVERAGED_STEPS] - marks[0]) * (1 / AVERAGED_STEPS)
-    start = marks[0] - step - look - control
-    cost = RunCost(step, start, look, control, config.validation.every, config.reference_eval_every)
+    start = marks[0] - step - validation - reference_eval
+    cost = RunCost(step, start, validation, reference_eval, config.validation.every, config.reference_eval_every)
     return cost if start >= 0 else replace(cost, start=0.0)

@@ -106,15 +106,16 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         found: dict[int, torch.Tensor] = {}
         images = torch.tensor([self.layout.drawing([], row) for row in codes], device=self.device)
         for part in self.cut([len(context) + images.shape[1] for context in contexts]):
-            alike: dict[int, list[int]] = {}
+            of_length: dict[int, list[int]] = {}
             for i in part:
-                alike.setdefault(len(contexts[i]), []).append(i)
-            for rows in alike.values():
+                of_length.setdefault(len(contexts[i]), []).append(i)
+            for rows in of_length.values():
                 with self.autocast():
-                    found.update(zip(rows, self._after([tuple(contexts[i]) for i in rows], images[rows]), strict=True))
+                    states = self._states_after([tuple(contexts[i]) for i in rows], images[rows])
+                found.update(zip(rows, states, strict=True))
         return [found[i] for i in range(len(contexts))]
 
-    def _after(self, contexts: Sequence[tuple[int, ...]], images: torch.Tensor) -> torch.Tensor:
+    def _states_after(self, contexts: Sequence[tuple[int, ...]], images: torch.Tensor) -> torch.Tensor:
         """Final states (B, n, D) of images (B, n) after contexts of one length, as padding would move sums."""
         row_of = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
         decoder = self._decoder(self.layout.captions(list(row_of)))
