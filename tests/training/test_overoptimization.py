@@ -9,6 +9,7 @@ import torch
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.loading import FINAL
 from lvrpo.statistics import Divergence, Interval, divergence
 from lvrpo.training import validation
 from lvrpo.training.checkpoint import list_checkpoints
@@ -223,6 +224,16 @@ def test_a_run_acts_on_a_detection(
         assert all(words.startswith("warned") for words in actions.values())
     if action != "warn" or not held_out:
         assert alignment.state.validation.best_step == 2  # before the watched score fell further
+    if action == "stop":
+        (Path("run") / FINAL).unlink()  # as after a kill before the result was recorded
+        resumed = Trainer.resume(Path("run"))
+        with resumed.run:
+            assert resumed.train()
+        assert resumed.state.step == 4
+        longer = Trainer.resume(Path("run"), config.model_copy(update={"steps": 9}))
+        with longer.run:
+            assert longer.train()
+        assert longer.state.step > 4
 
 
 def test_a_rollback_makes_its_checkpoint_the_best_though_validation_preferred_a_pruned_one(

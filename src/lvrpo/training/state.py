@@ -43,6 +43,7 @@ class ValidationRecord(Record):
     top: float
     rollbacks: int
     lr_scale: float
+    stopped: int = 0
 
 
 class StateRecord(Record):
@@ -65,6 +66,8 @@ class ValidationState:
     """The highest mean over tasks of any best weights so far."""
     rollbacks: int = 0
     lr_scale: float = 1.0
+    stopped: int = 0
+    """The configured steps of the run when validation stopped it early; 0 if it did not. A longer run goes on."""
 
 
 @dataclass

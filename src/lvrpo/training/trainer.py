@@ -185,8 +185,8 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with open_engine(config, policies.policy, run.path / START, self.base) as engine:
             if state.step == 0:
                 self._before_first_step(engine)
-            rollouts, stopped = Rollouts(policies, config, engine, self.rewards), False
-            while (step := state.step) < config.steps and not stopped:
+            rollouts = Rollouts(policies, config, engine, self.rewards)
+            while (step := state.step) < config.steps and not self._stopped:
                 with self.logged_step(observe) as row:
                     validates = (step + 1) % config.validation.every == 0 or step + 1 == config.steps
                     with self.checkpoint_on_error():  # the state is still that of the last step
@@ -234,15 +234,21 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     if validates:
                         self.wait_for_checkpoint()  # a rollback may load it
                         report = self.validator.validate(policies, state.validation, state.step)
-                        stopped = apply_validation(config, run, state, report, row) or check_overoptimization(
+                        if apply_validation(config, run, state, report, row) or check_overoptimization(
                             config, run, state, self.validator, row
-                        )
+                        ):
+                            state.validation.stopped = config.steps
                 stop = self.stop_requested(interrupted)
-                self.save_if_due(last=stopped or stop or state.step == config.steps)
-                if stop and not stopped and state.step < config.steps:
+                self.save_if_due(last=self._stopped or stop or state.step == config.steps)
+                if stop and not self._stopped and state.step < config.steps:
                     return False
         self.finish(state.validation.best_step)
         return True
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether validation stopped the run early."""
+        return self.state.validation.stopped == self.config.steps
 
     def _record(
         self, groups: Sequence[Group], table: RewardTable, successes: Mapping[int, list[float]], advantages: Advantages
