@@ -5,6 +5,7 @@ Letters: R rows, P distinct prompts, L tokens of a prompt, A tokens of an answer
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class ReadPrompt:
     """Inputs of the vision encoder by name."""
 
 
+_reading = threading.Lock()
+"""A rollout engine reads prompts while the policy trains (``rollout.steps_ahead``)."""
+
+
 class Chat(StoredFiles):
     """A processor of transformers with its chat template; never changed after it is made."""
 
@@ -81,10 +86,11 @@ class Chat(StoredFiles):
     def read(self, parts: Parts) -> ReadPrompt:
         """A user's message and the start of the answer, by the chat template."""
         key = tuple(part if isinstance(part, str) else id(part) for part in parts)
-        found = self._kept.pop(key, None) or self._read(parts)
-        self._kept[key] = found
-        while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        with _reading:
+            found = self._kept.pop(key, None) or self._read(parts)
+            self._kept[key] = found
+            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
+                self._kept.popitem(last=False)
         return found
 
     def _read(self, parts: Parts) -> ReadPrompt:

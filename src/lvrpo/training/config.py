@@ -440,6 +440,11 @@ class TrainConfig(Config):
                 f"rollout.engine.kind={rollout.engine.kind}: an engine has the trained weights, and with "
                 "rollout.sample_from=reference the reference samples: leave one of them out"
             )
+        if rollout.steps_ahead and (rollout.engine.kind == "policy" or rollout.max_resamples):
+            raise ValueError(
+                "rollout.steps_ahead=1: an engine samples the next step meanwhile: set rollout.engine.kind, and "
+                "rollout.max_resamples to 0"
+            )
         if rollout.engine.kind == "vllm" and (self.adapter is None or self.adapter.dora):
             raise ValueError(
                 "rollout.engine.kind=vllm: takes new weights as a LoRA adapter only: set adapter (without dora), "

@@ -77,9 +77,14 @@ class Sampler(Protocol):
         ...
 
 
+def local_share(prompts: Sequence[Prompt], sampling: Sampling) -> list[int]:
+    """Indices of the prompts that this rank samples (``assign_to_ranks``)."""
+    return assign_to_ranks(estimated_tokens(prompts, sampling), world_size())[rank()]
+
+
 def sample_local(sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-    """A group per prompt; this rank samples its share (``assign_to_ranks``)."""
-    local = assign_to_ranks(estimated_tokens(prompts, sampling), world_size())[rank()]
+    """A group per prompt; this rank samples its share."""
+    local = local_share(prompts, sampling)
     groups = [Group(prompt, ()) for prompt in prompts]
     with relay_errors():
         if local:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -26,9 +26,10 @@ from lvrpo.sampling import (
     random_window,
     sliding_window,
 )
-from lvrpo.training.data_parallel import replace_rows, sample_local, score_local
+from lvrpo.training.data_parallel import local_share, replace_rows, sample_local, score_local
 from lvrpo.training.policies import Policies, SetName
-from lvrpo.training.rollout_engine import Engine, EngineSampler, PolicyEngineConfig
+from lvrpo.training.rollout_ahead import RolloutAhead, Rows
+from lvrpo.training.rollout_engine import Engine, EngineSampler, PolicyEngineConfig, trainable_weights
 from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable, Trajectory
 
 if TYPE_CHECKING:
@@ -229,6 +230,9 @@ class RolloutConfig(Config):
     engine: Engine = PolicyEngineConfig()
     """The sampling program; if it is not the policy itself, ``importance_cap`` of token losses defaults to 2, and
     contract.json holds the divergence of its log-probs from the trainer's."""
+    steps_ahead: int = Field(default=0, ge=0, le=1)
+    """1: while the policy trains on a step, the engine samples the next one, with the weights of before the update.
+    Importance weights correct texts and image tokens for the step of delay; flows take drawings as they are."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
     """Number of steps whose prompts are repeated in turn; 0: new prompts in every step. With sample_from=reference
     their outputs are sampled once and kept in memory."""
@@ -243,7 +247,7 @@ class RolloutConfig(Config):
         if window and after is not None:
             after = min(after, self.num_steps - window[-1] - 1)
         shared = self.model_dump(
-            exclude={"window", "max_resamples", "sample_from", "engine", "pool", "masked_likelihood"}
+            exclude={"window", "max_resamples", "sample_from", "engine", "steps_ahead", "pool", "masked_likelihood"}
         )
         return Sampling(window=window, steps_after_window=after, masked=self.masked_likelihood.scoring, **shared)
 
@@ -295,26 +299,46 @@ def rollout(
     ``engine``: samples instead of the policy, with the same weights. ``rewards``: those that wait for other programs
     begin to score each group once it is sampled. ``sampled``: as for ``prompt_seeds``.
     """
+    groups: dict[int, Group] = {}
+    for part in _parts(prompts, config, step, sampled):
+        args = part.prompts, part.sampling, part.seeds
+        with _async_scores(rewards, *args) as submit:
+            with policies.use(part.weights) as policy:
+                if engine is not None:
+                    engine.sync_weights(policy)
+                found = [] if engine is not None else sample_local(policy, *args)
+            if engine is not None:
+                found = sample_local(engine, *args)
+            submit(found)
+        groups.update(zip(part.indices, found, strict=True))
+    return [groups[i] for i in range(len(prompts))]
+
+
+class _Part(NamedTuple):
+    """The prompts of a step that one set of weights samples."""
+
+    weights: SetName
+    indices: list[int]
+    """Of the prompts in the step."""
+    prompts: list[Prompt]
+    sampling: Sampling
+    seeds: list[int]
+
+
+def _parts(
+    prompts: Sequence[Prompt], config: TrainConfig, step: int, sampled: Mapping[str, int] | None = None
+) -> list[_Part]:
     names: tuple[SetName, SetName] = (
         ("policy", "old") if config.rollout.sample_from == "policy" else ("reference", "reference")
     )
     sampling = config.sampling(step)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step, sampled=sampled)
-    groups: dict[int, Group] = {}
+    parts = []
     for name, has_image in zip(names, (False, True), strict=True):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == has_image]
         if indices:
-            args = [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]
-            with _async_scores(rewards, *args) as submit:
-                with policies.use(name) as policy:
-                    if engine is not None:
-                        engine.sync_weights(policy)
-                    found = [] if engine is not None else sample_local(policy, *args)
-                if engine is not None:
-                    found = sample_local(engine, *args)
-                submit(found)
-            groups.update(zip(indices, found, strict=True))
-    return [groups[i] for i in range(len(prompts))]
+            parts.append(_Part(name, indices, [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]))
+    return parts
 
 
 @contextmanager
@@ -356,7 +380,8 @@ def _async_scores(
 class Rollouts:
     """The rollouts of a run; those of the reference for a prompt pool are cached.
 
-    ``rewards``: those that wait for other programs score groups while others are sampled.
+    ``rewards``: those that wait for other programs score groups while others are sampled. ``ahead``: holds those that
+    the engine samples one step ahead; None: none.
     """
 
     def __init__(
@@ -365,13 +390,17 @@ class Rollouts:
         config: TrainConfig,
         engine: EngineSampler | None = None,
         rewards: Sequence[ConfiguredReward] = (),
+        ahead: RolloutAhead | None = None,
     ) -> None:
         self.policies, self.config, self.engine, self.rewards = policies, config, engine, rewards
+        self.ahead = ahead
         self.cache: dict[int, list[Group]] = {}
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """``rollout`` with the cache, which is a function of (seed, step of the pool), so resuming rebuilds it."""
         config = self.config.rollout
+        if self.ahead is not None and (rows := self.ahead.take(step, prompts)) is not None:
+            return self._local_groups(prompts, step, rows)
         if config.sample_from == "policy" or not config.pool:
             return self.sample(prompts, step)
         step = config.data_step(step)
@@ -382,6 +411,39 @@ class Rollouts:
     def sample(self, prompts: Sequence[Prompt], step: int, sampled: Mapping[str, int] | None = None) -> list[Group]:
         """``rollout`` without the cache."""
         return rollout(self.policies, prompts, self.config, step, self.engine, self.rewards, sampled)
+
+    def start(self, prompts: Sequence[Prompt], step: int) -> None:
+        """Sends the current weights to the engine, which samples a coming step with them in the background."""
+        if self.engine is None or self.ahead is None:
+            return
+        engine, jobs = self.engine, list[tuple[_Part, list[int], dict[str, torch.Tensor] | None]]()
+        for i, part in enumerate(_parts(prompts, self.config, step)):
+            weights = None
+            with self.policies.use(part.weights) as policy:
+                if i == 0:
+                    engine.sync_weights(policy)
+                else:  # the weights are other ones when the engine is free for them
+                    weights = {name: tensor.to("cpu", copy=True) for name, tensor in trainable_weights(policy).items()}
+            jobs.append((part, local_share(part.prompts, part.sampling), weights))
+
+        def sample() -> Rows:
+            rows: dict[int, Sequence[Trajectory]] = {}
+            for part, local, weights in jobs:
+                if weights is not None:
+                    engine.load_weights(weights)
+                if local:
+                    args = [part.prompts[i] for i in local], part.sampling, [part.seeds[i] for i in local]
+                    for i, group in zip(local, engine.sample(*args), strict=True):
+                        rows[part.indices[i]] = group.trajectories
+            return rows
+
+        self.ahead.start(step, sample)
+
+    def _local_groups(self, prompts: Sequence[Prompt], step: int, rows: Rows) -> list[Group]:
+        """Groups of the step with this rank's trajectories: ``rows`` that another number of ranks saved hold more."""
+        parts = _parts(prompts, self.config, step)
+        local = {part.indices[i] for part in parts for i in local_share(part.prompts, part.sampling)}
+        return [Group(prompt, tuple(rows[p]) if p in local else ()) for p, prompt in enumerate(prompts)]
 
 
 def resample(

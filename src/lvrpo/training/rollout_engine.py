@@ -87,6 +87,11 @@ Engine = Annotated[
 ]
 
 
+def trainable_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """The weights that training changes, by parameter name."""
+    return {name: p.detach() for name, p in policy_module(policy).named_parameters() if p.requires_grad}
+
+
 class EngineSampler:
     """Samples with an engine and verifies its weights and outputs."""
 
@@ -100,7 +105,10 @@ class EngineSampler:
 
         Raises ContractError if the checksum of the engine's copy differs.
         """
-        weights = {name: p.detach() for name, p in policy_module(policy).named_parameters() if p.requires_grad}
+        self.load_weights(trainable_weights(policy))
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """``sync_weights`` of given weights, by parameter name."""
         sent = weights_checksum(weights)
         if sent == self.synced_checksum:
             return

@@ -30,6 +30,7 @@ from lvrpo.training.losses import uses_old_policy
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.overoptimization import Overoptimization
 from lvrpo.training.policies import Policies, SetName, shard_dtype
+from lvrpo.training.rollout_ahead import RolloutAhead
 from lvrpo.types import TaskKind
 
 ANOTHER = "use another checkpoint"
@@ -88,6 +89,8 @@ class TrainState:
     """None: the reference is the judge."""
     overoptimization: Overoptimization | None = None
     """None: not configured."""
+    ahead: RolloutAhead | None = None
+    """None: every step is sampled when it begins."""
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
@@ -100,7 +103,8 @@ class TrainState:
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.segment_kinds)]
         section = config.validation.overoptimization
         detector = None if section is None else Overoptimization(section)
-        return cls(policies, optimizers, judge=judge, overoptimization=detector)
+        ahead = RolloutAhead() if config.rollout.steps_ahead else None
+        return cls(policies, optimizers, judge=judge, overoptimization=detector, ahead=ahead)
 
     @property
     def best_steps(self) -> set[int]:
@@ -118,6 +122,9 @@ class TrainState:
         tensors, moments = self._tensors(), self._other_moments()
         saving = save_sharded_async(state / TENSORS, tensors)
         on_main(lambda: save_state(state, {**self._tree(), "moments": moments}))
+        if self.ahead is not None:
+            with relay_errors():
+                self.ahead.save(state, self.step)
         policies = self.policies
         if not policies.sharded or "reference" in policies.weights.base_only_sets:
             with policies.use("ema") as policy:
@@ -147,6 +154,9 @@ class TrainState:
             self.judge.load(tree["judge"])
         if self.overoptimization is not None:
             self.overoptimization.load(tree["overoptimization"])
+        if self.ahead is not None:
+            with relay_errors():
+                self.ahead.load(checkpoint / STATE, self.step)
 
     def load_ema(self, checkpoint: Path) -> None:
         """Restores only the EMA weights of a checkpoint; raises InputError if it is damaged."""

@@ -185,7 +185,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with open_engine(config, policies.policy, run.path / START, self.base) as engine:
             if state.step == 0:
                 self._before_first_step(engine)
-            rollouts = Rollouts(policies, config, engine, self.rewards)
+            rollouts = Rollouts(policies, config, engine, self.rewards, state.ahead)
             while (step := state.step) < config.steps and not self._stopped:
                 with self.logged_step(observe) as row:
                     validates = (step + 1) % config.validation.every == 0 or step + 1 == config.steps
@@ -193,6 +193,10 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                         with relay_errors():
                             prompts = prompts_of_step(self.source, config, step)
                         groups = rollouts.groups(prompts, step)
+                        if state.ahead is not None and step + 1 < config.steps:
+                            with relay_errors():
+                                coming = prompts_of_step(self.source, config, step + 1)
+                            rollouts.start(coming, step + 1)
                         with policies.use("judge") as judge:
                             table = score_local(self.rewards, groups, judge, step, MOST_FAILED)
                         if config.judge.drift_due(step + 1, validates):

@@ -200,6 +200,24 @@ def test_a_run_samples_on_the_server_with_its_newest_weights(folder: Path, stub:
         assert set(stub.models) == {"", stub.loads[-1]}  # the older ones are unloaded
 
 
+def test_a_server_samples_ahead_and_not_again_after_a_resume(folder: Path, stub: Stub) -> None:
+    """The third step is sampled with the weights of before the second update, so its importance weights are not 1."""
+    ahead = ("steps=3", "checkpoint_every=1", "rollout.steps_ahead=1")
+    trainer = Trainer.start(settings_of(folder, stub, "sglang", *ahead), Path("run"))
+    with trainer.run:
+        trainer.train(interrupted=lambda: trainer.state.step == 2)
+    importance = [row["importance/text"] for row in RunDirectory.read(Path("run")).metrics()[1:]]
+    assert importance[0] == pytest.approx(1, abs=1e-4)
+    asked = len([path for path, _ in stub.calls if path == "/generate"])
+    trainer = Trainer.resume(Path("run"))
+    with trainer.run:
+        assert trainer.train()
+    assert asked == len([path for path, _ in stub.calls if path == "/generate"])
+    importance = [row["importance/text"] for row in RunDirectory.read(Path("run")).metrics()[1:]]
+    assert len(importance) == 3
+    assert abs(importance[2] - 1) > 1e-4
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_groups_are_what_the_server_sampled(
     folder: Path, vlm: ImageTextToTextPolicy, prompts: list[Prompt], stub: Stub, kind: str
