@@ -362,6 +362,8 @@ def test_differences_name_both_values() -> None:
     ("row", "message"),
     [
         ("schedule: {points: [[0, 1], [9, 0]]}", "at step 9 every reward"),
+        ("schedule: {kind: step, points: [[0, 1], [7, 0], [9, 1]]}", "at step 7 every reward"),
+        ("schedule: {points: [[1000000000, 0]]}", "at step 0 every reward"),
         ("clip: [1, 0]", "low < high"),
         ("normalise: group", "did you mean rewards.0.normalize"),
         ("schedule: {kind: cosine, points: [[0, 1]]}", "schedule.kind"),

@@ -381,7 +381,8 @@ class TrainConfig(Config):
                     f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
                     f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
                 )
-            for step in range(self.steps) if any(r.schedule for r in self.rewards) else ():
+            points = {x for r in self.rewards if r.schedule is not None for x, _ in (*r.schedule.points, (0, 0.0))}
+            for step in sorted(x for x in points if x < self.steps):  # a weight becomes 0 at a point of its schedule
                 if not any(r.weight_at(step) and (r.tasks is None or task in r.tasks) for r in self.rewards):
                     raise ValueError(
                         f"rewards.schedule: at step {step} every reward of {task!r} has weight 0, so nothing would be "
