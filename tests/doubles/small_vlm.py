@@ -38,7 +38,25 @@ IDEFICS_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}"
     "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3")
+GEMMA_MARKERS = (
+    *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"),
+    "<image_soft_token>",
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}"
+    "{{ part['text'] | trim }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3")
+END_OF_TURN = GEMMA_MARKERS.index("<end_of_turn>")
+"""Ends what Gemma says; its tokenizer's own end token does not."""
+PARTS = {
+    "idefics3": '{"image_seq_len": 4, "processor_class": "Idefics3Processor"}',
+    "gemma3": '{"image_seq_length": 4, "processor_class": "Gemma3Processor"}',
+}
+"""Contents of processor_config.json."""
 
 
 @contextmanager
@@ -70,8 +88,8 @@ class NoVideos:
         """None."""
 
 
-def make_tokenizer(markers: Sequence[str], eos: str, pad: str, size: int, **named: str) -> Any:
-    """A byte-level tokenizer of transformers. Any: of an optional package."""
+def make_tokenizer(markers: Sequence[str], eos: str, pad: str, size: int, **named: Any) -> Any:
+    """A byte-level tokenizer of transformers. Any: of an optional package, and its options."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -102,24 +120,28 @@ def create_vlm(
     """
     import transformers
 
-    make = _idefics if family == "idefics3" else _qwen
+    make = {"idefics3": _idefics, "gemma3": _gemma}.get(family, _qwen)
     config, tokenizer, pictures, template = make(family, width, depth, vocabulary)
     if positions is not None:
         config.get_text_config().max_position_embeddings = positions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    if family != "idefics3":
+    if family not in PARTS:
         pictures.size = {"shortest_edge": 64, "longest_edge": max_pixels}
     model.generation_config = transformers.GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id, 0], pad_token_id=0, do_sample=True, temperature=0.3, top_k=1
+        eos_token_id=[tokenizer.eos_token_id, END_OF_TURN if family == "gemma3" else 0],
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.3,
+        top_k=1,
     )
     with quiet_loading(transformers):
         for part in (model, tokenizer, pictures):
             part.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template)
-    if family == "idefics3":
-        (folder / "processor_config.json").write_text('{"image_seq_len": 4, "processor_class": "Idefics3Processor"}')
+    if family in PARTS:
+        (folder / "processor_config.json").write_text(PARTS[family])
     return folder
 
 
@@ -191,6 +213,46 @@ def _idefics(family: str, width: int, depth: int, vocabulary: int) -> Any:
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
     )
     return config, tokenizer, pictures, IDEFICS_TEMPLATE
+
+
+def _gemma(family: str, width: int, depth: int, vocabulary: int) -> Any:
+    """Layers that see eight places alternate with those that see all, and image tokens see their whole picture."""
+    import transformers
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    start, end, patch = GEMMA_MARKERS[-3:]
+    further = {"boi_token": start, "eoi_token": end, "image_token": patch}
+    named = {"bos_token": "<bos>", "extra_special_tokens": further}
+    tokenizer = make_tokenizer(GEMMA_MARKERS, "<eos>", "<pad>", vocabulary, **named)
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.3,
+        "sliding_window": 8,
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(depth)],
+        "query_pre_attn_scalar": width // 4,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "vision_use_head": False,
+        "initializer_range": 0.3,
+    }
+    ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in further.items()}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, initializer_range=0.3, **ids
+    )
+    return config, tokenizer, Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), GEMMA_TEMPLATE
 
 
 def change_json(path: Path, **fields: Any) -> None:

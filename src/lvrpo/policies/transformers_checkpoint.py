@@ -97,14 +97,24 @@ def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
     if pictures is None:
         raise InputError(f"{folder}: a {type(processor).__name__} reads no pictures: use the model's own processor")
     pairs = [(own, getattr(pictures, own, None), getattr(vision, other, None)) for own, other in PICTURE_SIZES]
-    pairs.append(
-        ("image_token_id", getattr(processor, "image_token_id", None), getattr(config, "image_token_id", None))
-    )
+    known = getattr(config, "image_token_id", None)
+    if known not in _image_tokens(processor):
+        pairs.append(("image_token_id", getattr(processor, "image_token_id", None), known))
     for name, own, other in pairs:
         if isinstance(own, int) and isinstance(other, int) and own != other:
             raise InputError(
                 f"{folder}: its processor has {name}={own}, config.json says {other}: use one model's files"
             )
+
+
+def _image_tokens(processor: Any) -> set[object]:
+    """Ids that may stand for features of a picture. A Gemma 3 or a Llama 4 writes one token and puts others there.
+
+    Any: of an optional package; not all processors have these names.
+    """
+    tokenizer, patch = processor.tokenizer, getattr(processor, "img_patch_token", None)
+    own = {getattr(processor, "image_token_id", None), getattr(tokenizer, "image_token_id", None)}
+    return own if patch is None else {*own, tokenizer.convert_tokens_to_ids(patch)}
 
 
 def save_model(model: Any, folder: Path) -> None:

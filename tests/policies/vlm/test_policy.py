@@ -17,7 +17,7 @@ from small_vlm import change_json
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies import transformers_policy
-from lvrpo.policies.adapter import AdapterConfig, add_adapter, merge
+from lvrpo.policies.adapter import AdapterConfig, Modules, add_adapter, merge
 from lvrpo.policies.base import RolloutPolicy, Sampling, SavedPolicy
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy
 from lvrpo.policies.loading import load_policy
@@ -90,7 +90,7 @@ def test_a_prompt_is_read_once_for_its_group(folder: Path, prompts: list[Prompt]
     policy = ImageTextToTextPolicy.load(folder)
     rows: list[tuple[int, ...]] = []
     policy.model.get_input_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:2]))
-    groups = policy.sample(prompts[:2], BASE, [0, 1])
+    groups = policy.sample(prompts[:2], BASE, [4, 5])
     longest = max(len(policy.chat.read(prompt.parts).ids) for prompt in prompts[:2])
     assert rows[0] == (2, longest)
     assert sum(length == longest for _, length in rows) == 1  # scoring the answers does not read it again
@@ -219,7 +219,7 @@ def test_a_prompt_that_cannot_be_answered_is_one_line(vlm: ImageTextToTextPolicy
 
 
 def test_markers_of_the_model_are_no_text(vlm: ImageTextToTextPolicy) -> None:
-    marker = "<image>" if "<image>" in vlm.chat.markers else "<|image_pad|>"
+    marker = next(name for name in ("<image>", "<|image_pad|>", "<start_of_image>") if name in vlm.chat.markers)
     with pytest.raises(InputError, match="a marker of the model: leave it out"):
         vlm.sample([Prompt("m", "reason", (f"look {marker}",), ("text",))], BASE, [0])
     vlm.check_text("2 < 3 <b> |x|")
@@ -250,11 +250,12 @@ def test_a_saved_folder_is_the_same_model_for_transformers(
 def test_adapters_share_the_base_and_are_read_by_peft(folder: Path, prompts: list[Prompt]) -> None:
     peft = pytest.importorskip("peft")
     policy = ImageTextToTextPolicy.load(folder)
-    config = AdapterConfig(rank=2, modules=("attention", "mlp", "connector", "head", "tower"))
+    joint: tuple[Modules, ...] = () if policy.model.config.model_type == "gemma3" else ("connector",)  # no Linear
+    config = AdapterConfig(rank=2, modules=("attention", "mlp", *joint, "head", "tower"))
     targets = config.targets(policy)
     assert len(targets) == sum(isinstance(module, torch.nn.Linear) for module in policy.modules())
-    narrow = AdapterConfig(modules=("connector",)).targets(policy)
-    assert narrow
+    narrow = AdapterConfig(modules=joint).targets(policy) if joint else []
+    assert bool(narrow) == bool(joint)
     assert not any("blocks" in name or "layers" in name for name in narrow)
     add_adapter(policy, config, str(folder), 0)
     with torch.no_grad():
