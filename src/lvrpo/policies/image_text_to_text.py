@@ -111,6 +111,14 @@ class Chat(StoredFiles):
             text = rest[: rest.index(text) + len(text)]
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def end_of_answer(self) -> int | None:
+        """The token that the chat template puts after an answer, which need not be the tokenizer's own end."""
+        try:
+            rest = self.render(("a",), "yes").rpartition("yes")[2].strip()
+        except InputError:  # a template that renders no answers
+            return None
+        return next(iter(self.tokenizer.encode(rest, add_special_tokens=False)), None)
+
     def render(self, parts: Parts, answer: str | None = None, **options: Any) -> Any:
         """A user's message in the chat template, and the start or the whole of the answer.
 
@@ -198,8 +206,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         if None in self.end_ids:
             raise InputError(f"{chat.folder}: names no end token: give generation_config.json its eos_token_id")
-        own = chat.tokenizer.eos_token_id
-        self.end_id = own if own in self.end_ids else min(self.end_ids)
+        ends = chat.end_of_answer(), chat.tokenizer.eos_token_id, min(self.end_ids)
+        self.end_id = next(token for token in ends if token in self.end_ids)
         self.shares_prompts = not model._is_stateful
         allowed = torch.ones(config.get_text_config().vocab_size, dtype=torch.bool)
         allowed[[i for name in PLACEHOLDERS if isinstance(i := getattr(config, name, None), int)]] = False

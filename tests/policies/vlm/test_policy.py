@@ -200,6 +200,8 @@ def test_a_text_is_judged_as_the_template_sets_it(vlm: ImageTextToTextPolicy, pr
             assert float(vlm.logprobs([trajectory])[0][0].logprobs.mean()) == pytest.approx(float(value), abs=1e-5)
     spaced = vlm.chat.tokenizer.decode(vlm.chat.answer(contexts[0], "red"))
     assert spaced == (" red" if vlm.model.config.model_type == "idefics3" else "red")
+    whole = vlm.chat.tokenizer.decode([*vlm.chat.answer(contexts[0], "red"), vlm.end_id])
+    assert vlm.chat.render(contexts[0], "red").startswith(vlm.chat.render(contexts[0]) + whole)
     assert vlm.text_logprob([], []).shape == (0,)
     with pytest.raises(InputError, match="has no method 'image_logprob'"):
         vlm.image_logprob([("x",)], [torch.zeros(3, 8, 8)], 1, [0])
