@@ -99,6 +99,14 @@ def test_answers_that_flip_from_one_to_the_other_are_not_better_and_collapse() -
     assert compare(no, no)["collapsed"] == []
 
 
+def test_a_question_is_compared_with_itself_whatever_failed_on_either_side() -> None:
+    rows = [asked("is it ?", right, "yes", f"p{i}") for i, right in enumerate(["yes"] * 4 + ["no"] * 3)]
+    before, after = ([replace(r, successes=()) if i == failed else r for i, r in enumerate(rows)] for failed in (0, 4))
+    found = compare(before, after)["balanced"]  # nobody changed an answer
+    assert (found["score"], found["low"], found["high"], found["n"]) == (0.0, 0.0, 0.0, 5)
+    assert compare(before, rows)["balanced"]["n"] == 6
+
+
 def test_what_is_read_back_by_hand() -> None:
     rows = [
         replace(row, read_back=back)

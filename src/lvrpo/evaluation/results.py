@@ -254,11 +254,11 @@ def compare(before: Sequence[PromptResult], after: Sequence[PromptResult], sampl
         if all(_has_judge(row) for row in two):
             sizes = [n for n in BEST_OF if n <= most]
             found["best_of"] = {str(n): _paired(one, _best_values(one, n), _best_values(two, n)) for n in sizes}
-    forms = {
-        name: (rows, _form_rows(after)[name]) for name, rows in _form_rows(before).items() if name in _form_rows(after)
-    }
-    if forms:
-        sides = [{name: both[side] for name, both in forms.items()} for side in (0, 1)]
+    asked = [
+        pair for pair in zip(before, after, strict=True) if pair[0].form == pair[1].form and all(map(_is_asked, pair))
+    ]
+    if asked:
+        sides = [_form_rows([pair[side] for pair in asked]) for side in (0, 1)]
         balanced = _balanced_interval(sides[1], samples, minus=sides[0])
         if balanced is not None:
             found["balanced"] = balanced.as_dict()
@@ -266,7 +266,7 @@ def compare(before: Sequence[PromptResult], after: Sequence[PromptResult], sampl
         right = {name: [str(row.right) for row in rows] for name, rows in sides[0].items()}
         found["collapsed"] = [asdict(each) for each in collapsed_forms(given[0], given[1], right)]
         found["forms"] = {
-            name: {"entropy": answer_entropy(given[1][name]) - answer_entropy(given[0][name])} for name in forms
+            name: {"entropy": answer_entropy(given[1][name]) - answer_entropy(given[0][name])} for name in right
         }
     return found
 
@@ -284,10 +284,14 @@ def _best_values(rows: Sequence[PromptResult], n: int) -> list[float]:
 def _form_rows(rows: Sequence[PromptResult]) -> dict[str, list[PromptResult]]:
     """The questions of each form, those with a right text and an answer."""
     found: dict[str, list[PromptResult]] = {}
-    for row in rows:
-        if row.form and row.right is not None and row.answers and row.successes:
-            found.setdefault(row.form, []).append(row)
+    for row in filter(_is_asked, rows):
+        found.setdefault(row.form, []).append(row)
     return found
+
+
+def _is_asked(row: PromptResult) -> bool:
+    """Whether it is a question with a right text, an answer and its score."""
+    return bool(row.form and row.right is not None and row.answers and row.successes)
 
 
 def _balanced_interval(
