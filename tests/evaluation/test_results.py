@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from lvrpo.errors import ContractError
 from lvrpo.evaluation.results import PromptResult, benchmark_difference, benchmark_result, compare, measure
 from lvrpo.metrics import ReadBack
-from lvrpo.records import BenchmarkRecord, from_json
+from lvrpo.records import BenchmarkRecord, BenchmarkResult, from_json
 from lvrpo.training.run_directory import json_text
 
 
@@ -168,3 +169,33 @@ def test_a_difference_says_what_could_have_been_told() -> None:
     assert adjusted[second] == pytest.approx(max(p[second], adjusted[first]))
     with pytest.raises(ContractError, match="different prompts"):
         benchmark_difference(before, replace(after, ids=ids[::-1]))
+
+
+def of_categories(before: list[float], after: list[float], categories: str) -> BenchmarkResult:
+    ids = tuple(f"p{i}" for i in range(len(categories)))
+    one, two = (
+        BenchmarkRecord(ids, tuple(categories), ids, tuple(scores), mean_over="categories")
+        for scores in (before, after)
+    )
+    return benchmark_difference(one, two)
+
+
+def test_a_mean_over_categories_has_its_own_p_and_detectable_effect() -> None:
+    gains = [0.1, 0.2] * 20 + [-0.4, 0.4]  # b has two prompts, and half of the weight
+    found = of_categories([0.5] * 42, [0.5 + gain for gain in gains], "a" * 40 + "b" * 2)
+    assert found.score == pytest.approx((0.15 + 0.0) / 2)
+    # residuals .05 and .4, weights 1 / 80 and 1 / 4
+    error = (42 / 41 * (40 * (0.05 / 80) ** 2 + 2 * (0.4 / 4) ** 2)) ** 0.5
+    assert found.detectable == pytest.approx(2.801585 * error, rel=1e-5)
+    assert (found.low or 0.0) < 0
+    assert found.p == pytest.approx(0.6035, abs=1e-3)
+
+
+def test_equal_differences_of_categories_have_the_interval_of_equal_differences() -> None:
+    same = of_categories([0.25] * 6, [0.25] * 6, "aaabbb")
+    assert (same.score, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    risen, fallen = of_categories([0.0] * 6, [1.0] * 6, "aaabbb"), of_categories([1.0] * 6, [0.0] * 6, "aaabbb")
+    assert 0 < (risen.low or 0.0) < 1
+    assert risen.low == pytest.approx(-(fallen.high or 0.0))
+    lost = of_categories([0.25, 0.25], [0.25, math.nan], "ab")
+    assert math.isnan(lost.score)

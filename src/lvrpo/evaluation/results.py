@@ -114,6 +114,36 @@ def _mean_over_categories(values: Sequence[float], record: BenchmarkRecord, rows
     return bootstrap_statistic(macro, len(cluster), n=len(rows))
 
 
+def _category_difference(
+    whole: Estimate, before: BenchmarkRecord, after: BenchmarkRecord, rows: Sequence[int]
+) -> Estimate:
+    """The mean over categories of their mean differences, in place of ``whole``, which is that over prompts.
+
+    p and the detectable effect are those of the mean of
+
+        y_i = D + n (d_i - mean_c) / (|C| n_c),   n differences d_i, n_c of them of category c; D = mean of mean_c,
+
+    which is D, and whose clustered standard error is the linearized one of D.
+    """
+    gains = [a - b for b, a in zip(before.scores, after.scores, strict=True)]
+    found = _mean_over_categories(gains, after, rows)
+    if math.isfinite(found.score) and len({gains[i] for i in rows}) == 1:
+        return whole  # equal differences have one mean
+    labels, clusters = _take(after.categories, rows), _take(before.clusters, rows)
+    counts = Counter(labels)
+    sums = dict.fromkeys(counts, 0.0)
+    for i, label in zip(rows, labels, strict=True):
+        sums[label] += gains[i]
+    linear = [
+        found.score + (gains[i] - sums[c] / counts[c]) * len(rows) / (len(counts) * counts[c])
+        for i, c in zip(rows, labels, strict=True)
+    ]
+    if not math.isfinite(found.score):
+        return replace(_estimate(found), detectable=math.nan, p=math.nan)
+    sides = [0.0] * len(rows), linear, clusters
+    return replace(_estimate(found), detectable=detectable_difference(*sides), p=paired_p_value(*sides))
+
+
 def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkResult:
     """``after`` minus ``before``, paired by prompt.
 
@@ -131,9 +161,7 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
     both = sorted({*_scored_prompts(before)} & {*_scored_prompts(after)})
     whole = paired(both)
     if by_category(after):
-        gains = [a - b for b, a in zip(before.scores, after.scores, strict=True)]
-        macro = _estimate(_mean_over_categories(gains, after, both))
-        whole = replace(whole, score=macro.score, low=macro.low, high=macro.high)
+        whole = _category_difference(whole, before, after, both)
     measures = compare(_record_rows(before), _record_rows(after), min(before.samples, after.samples))
     lost = len(before.ids) - len(both)
     measures |= {"masked": {"prompts": lost, "of": len(before.ids)}} if lost else {}
