@@ -12,9 +12,10 @@ import pytest
 
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate
+from lvrpo.report.formatting import NONE
 from lvrpo.report.page import render
 from lvrpo.report.run import load_run
-from lvrpo.report.tables import collapses, measure_tables, seed_rows, seeds_table, summary_phases
+from lvrpo.report.tables import collapses, measure_tables, seed_rows, seeds_table, summary_phases, summary_table
 from lvrpo.statistics import seeds_and_prompts_interval
 
 
@@ -188,3 +189,12 @@ def test_rewards_that_failed_are_left_out_over_seeds() -> None:
     os.mkfifo(path)
     with pytest.raises(InputError, match="is a pipe"):
         seed_rows(runs)
+
+
+def test_a_category_that_one_side_could_not_score_has_a_dash() -> None:
+    both, one = {"sum": estimate(0.5), "compare": estimate(0.25)}, {"sum": estimate(0.5)}
+    sides = [{"reason": {**estimate(0.5), "categories": each}} for each in (both, one)]
+    for before, after in (sides, sides[::-1]):
+        table = summary_table({"before": before, "after": after, "difference": sides[1]})
+        assert [row[0] for row in table.rows] == ["reason", "  sum", "  compare"]
+        assert sorted(table.rows[2][1:]) == [".25", NONE, NONE]

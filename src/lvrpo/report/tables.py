@@ -81,16 +81,19 @@ def summary_table(summary: Mapping[str, Any]) -> TextTable:
         if baseline:
             parts += [baseline["after"][task], summary["ours_minus_baseline"][task]]
         rows.append(_summary_row(words(task), parts))
-        rows += [_summary_row(f"  {words(c)}", [part["categories"][c] for part in parts]) for c in before["categories"]]
+        categories = dict.fromkeys(
+            c for part in parts for c in part["categories"]
+        )  # one side may have scored none of it
+        rows += [_summary_row(f"  {words(c)}", [part["categories"].get(c) for part in parts]) for c in categories]
     heads = ("task", "before", "after", "difference [95 %]", *(("baseline", "ours minus it") if baseline else ()))
     return TextTable("", heads, tuple(rows))
 
 
-def _summary_row(name: str, parts: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Scores, and differences in their tone."""
+def _summary_row(name: str, parts: Sequence[Mapping[str, Any] | None]) -> tuple[str, ...]:
+    """Scores, and differences in their tone; a dash for a part without score. Any: JSON values."""
     before, after, difference, *other = parts
-    cells = [share(before["score"]), share(after["score"]), _change(difference)]
-    return (name, *cells, *((share(other[0]["score"]), _change(other[1])) if other else ()))
+    known = [NONE if each is None else share(each["score"]) for each in (before, after, *other[:1])]
+    return (name, *known[:2], _change(difference), *known[2:], *map(_change, other[1:]))
 
 
 def measure_tables(
