@@ -460,3 +460,13 @@ def test_a_summed_run_with_scales_of_their_own_leaves_no_rest() -> None:
     audit = audited(made, settings=SUMMED)
     assert audit.tasks["generate"].rest == pytest.approx(0, abs=1e-5)
     assert (scorer(audit, "a").share or 0) > 0.7
+
+
+def test_a_reward_that_never_scored_is_missing_and_nothing_else() -> None:
+    groups = [[[0, NAN], [1, NAN]]] * 3
+    audit = audited(record(1, groups, weights=[1, 0]), record(2, groups, weights=[1, 0]))
+    found = scorer(audit, "continuous")
+    assert found.missing == 1.0
+    assert [share(x) for x in (found.constant, found.all_best, found.all_worst, found.mean.last)] == [NONE] * 4
+    assert scorer(audit, "binary").constant == 0.0
+    assert audit_section(audit)["tables"][0].rows[1][-4:] == (NONE, NONE, NONE, "1.00")

@@ -238,8 +238,13 @@ def _missing(groups: RecordedGroups, name: str) -> float:
 
 
 def _constant(values: Array, std_floor: float) -> tuple[dict[str, float], Array]:
-    """Shares of groups: constant, and so at the top, at the bottom; and per group 1, 0, or nan without scores."""
+    """Shares of groups: constant, and so at the top, at the bottom; and per group 1, 0, or nan without scores.
+
+    Shares are nan where every score failed.
+    """
     scored = np.isfinite(values).any(axis=1)
+    if not scored.any():
+        return dict.fromkeys(("constant", "all_best", "all_worst"), np.nan), np.full(len(values), np.nan, np.float32)
     rows = values[scored]
     low, high = np.nanmin(rows), np.nanmax(rows)
     above = rows - np.nanmin(rows, axis=1, keepdims=True)  # equal scores then have a std of exactly 0
