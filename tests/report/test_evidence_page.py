@@ -15,6 +15,7 @@ from lvrpo.metrics import pass_at_k
 from lvrpo.report.evidence import (
     MEASURES,
     SEEN,
+    Column,
     Evidence,
     Outcome,
     PromptSet,
@@ -205,3 +206,14 @@ def test_what_cannot_be_compared_is_one_line(damage: Callable[[Path], Any], mess
     with pytest.raises(InputError, match=message) as caught:
         evidence_page(PLAN, Evidence.read(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_compared_with_its_own_drawings_chosen_among_many_not_with_those_of_another_seed() -> None:
+    own = {("one", seed): np.array([0.0, seed, 1.0]) for seed in range(3)}
+    best = Column({run: values + 1 for run, values in own.items()}, (0, 1, 2))
+    change = difference(Column(own, (0, 1, 2)), best, by_base=True)
+    assert change is not None
+    assert (change.interval.score, change.interval.low, change.interval.high) == (-1.0, -1.0, -1.0)
+    of_base = difference(Column(own, (0, 1, 2)), Column({("one", 9): np.zeros(3)}, (0, 1, 2)), by_base=True)
+    assert of_base is not None
+    assert of_base.interval.score == pytest.approx(2 / 3)

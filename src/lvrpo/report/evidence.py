@@ -299,12 +299,13 @@ def column(plan: TablePlan, row: str, measure: Measure, evidence: Evidence, many
 def difference(later: Column, earlier: Column, by_base: bool = False) -> TwoWayInterval | None:
     """``later`` minus ``earlier`` over the runs that both have, and the prompts that all of these know.
 
-    ``by_base``: a run is compared with that of the same base, whatever its seed. None where nothing can be compared.
+    ``by_base``: a run of which ``earlier`` lacks the seed is compared with that of the same base. None where nothing
+    can be compared.
     """
     pairs: list[tuple[Floats, Floats]] = []
     of_base = {base: values for (base, _), values in earlier.values.items()}
     for run, values in later.values.items():
-        other = of_base.get(run[0]) if by_base else earlier.values.get(run)
+        other = earlier.values.get(run, of_base.get(run[0]) if by_base else None)
         if other is not None:
             pairs.append((values, other))
     if not pairs:
