@@ -349,7 +349,7 @@ class Metrics:
         rows: dict[float, Mapping[str, Any]] = {}
         broken: list[int] = []
         text = read_bytes(path, "delete it").decode("utf-8", errors="replace") if path_exists(path) else ""
-        for place, line in enumerate(text.splitlines(), start=1):
+        for place, line in enumerate(text.split("\n"), start=1):  # a text may hold U+2028
             if not line.strip():
                 continue
             try:

@@ -113,6 +113,17 @@ def test_a_folder_of_another_evaluation_is_refused(policy: Policy, tmp_path: Pat
         evaluate(policy, benchmarks, sizes=sizes, options=kept(tmp_path))
 
 
+def test_texts_with_line_separators_are_read_again(policy: Policy, tmp_path: Path) -> None:
+    asked = ("two red\u2028circles", "two\x85red circles", "two red\u2029circles")
+    prompts = [Prompt(f"p/{i}", "generate", (text,), ("image",)) for i, text in enumerate(asked)]
+    flaky: Any = Flaky()
+    flaky.down = False
+    benchmark = Benchmark("judged", lambda n: prompts[:n], 3, metric="reward", reward=flaky, own_sampling=True)
+    found = [evaluate(policy, [benchmark], options=kept(tmp_path)).as_dict()["scores"] for _ in range(2)]
+    assert found[0] == found[1]
+    assert (tmp_path / "judged" / ITEMS).read_bytes().count(b"\n") == 3
+
+
 class Flaky:
     """A judge that fails on every other prompt until it is mended."""
 

@@ -134,12 +134,15 @@ def written(folder: Path, content: dict[str, Any], logged: dict[str, list[Any]])
     folder.mkdir()
     (folder / "1_results.json").write_text(json.dumps(content))
     for name, rows in logged.items():
-        (folder / f"1_samples_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"1_samples_{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
     return folder
 
 
 def test_what_was_not_scored_or_not_logged_is_masked_and_counted(tmp_path: Path) -> None:
     rows = samples([1, None, 0])  # of five
+    rows[0] |= {"filtered_resps": ["yes\u2028and\x85no"]}  # lines to str.splitlines, not to JSON
     found = read_scores(written(tmp_path / "o", results(5, acc=0.5), {"pope": rows}), "pope")["pope"].as_dict()
     assert (found["score"], found["n"]) == (0.5, 2)
     assert found["masked"] == {"prompts": 3, "of": 5, "reasons": {NOT_LOGGED: 2, NO_NUMBER: 1}}

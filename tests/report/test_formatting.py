@@ -88,6 +88,12 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     assert metrics.broken_lines == (4,)
 
 
+def test_a_reason_with_a_line_separator_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "reward_failed_why": "it said \u2028 and \x85", "a": 5}\n', encoding="utf-8")
+    assert Metrics.read(path).series("a") == [(1.0, 5.0)]
+
+
 def test_a_curve_stands_where_its_numbers_are() -> None:
     rows = tuple({"step": s, "reward/generate/facts": s / 4, "control/generate/facts": 0.0} for s in range(5))
     (chart,) = reward_charts(Metrics(rows))

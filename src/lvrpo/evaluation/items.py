@@ -188,7 +188,8 @@ class ItemFolder:
         """The last line of each prompt."""
         path = self.folder / ITEMS
         found = {}
-        for number, line in enumerate(whole_lines(path).splitlines(), start=1):
+        # not splitlines: a text may hold other separators, such as U+2028
+        for number, line in enumerate(whole_lines(path).split("\n"), start=1):
             where = f"{path}:{number}"
             row = validate_type(parse_json(line, where), ItemRecord, where) if line else None
             if row is not None:

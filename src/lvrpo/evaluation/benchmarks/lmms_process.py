@@ -367,8 +367,9 @@ def _samples(results: Path, task: str) -> dict[str, Mapping[str, Any]]:
     if not path.is_file():
         return {}
     found: dict[str, Mapping[str, Any]] = {}
-    lines = read_text(path, RESTORE).splitlines()
-    for place, line in enumerate(lines, start=1):
+    text = read_text(path, RESTORE).split("\n")  # not splitlines: an answer may hold U+2028
+    lines = [(place, line) for place, line in enumerate(text, start=1) if line.strip()]
+    for place, line in lines:
         row = parse_json(line, f"{path}:{place}", RESTORE, finite=False)
         found[str(row.get("doc_id"))] = row
     return found if len(found) == len(lines) else {}
