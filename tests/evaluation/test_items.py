@@ -22,15 +22,16 @@ from processes import finish, in_ranks, start
 
 from lvrpo.atomic_io import write_atomic
 from lvrpo.cli import main, parse_command
+from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import items
-from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name
+from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name, prompt_digest
 from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks, with_guidance_scales
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores
 from lvrpo.training.run_directory import json_text
-from lvrpo.types import Group, Prompt
+from lvrpo.types import Fact, Group, Prompt
 
 SIZES = {"generate": 21, "understand": 40}
 NAMES = ["generate", "understand"]
@@ -122,6 +123,35 @@ def test_texts_with_line_separators_are_read_again(policy: Policy, tmp_path: Pat
     found = [evaluate(policy, [benchmark], options=kept(tmp_path)).as_dict()["scores"] for _ in range(2)]
     assert found[0] == found[1]
     assert (tmp_path / "judged" / ITEMS).read_bytes().count(b"\n") == 3
+
+
+def test_another_prompt_of_the_same_id_is_evaluated_anew(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"task": "generate", "prompt": "two red circles"}, {"task": "generate", "prompt": "a blue star"}]
+    flaky: Any = Flaky()
+    flaky.down, made, sample = False, [], policy.sample
+    for turn, (order, expected) in enumerate([(rows, 2), (rows, 0), (rows[::-1], 2), (rows[::-1], 0)]):
+        path = tmp_path / f"{turn}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in order))
+        prompts = [
+            replace(p, id=f"rows:{i}") for i, p in enumerate(JsonlPrompts(JsonlConfig(test=path), "test").in_order())
+        ]
+        benchmark = Benchmark(
+            "judged", lambda n, own=prompts: own[:n], 2, metric="reward", reward=flaky, own_sampling=True
+        )
+        made.clear()
+        monkeypatch.setattr(policy, "sample", lambda asked, *more: made.extend(asked) or sample(asked, *more))
+        evaluate(policy, [benchmark], options=kept(tmp_path / "out"))
+        assert len(made) == expected
+    one, *others = [
+        Prompt("p", "edit", (torch.zeros(3, 4, 4), "a star"), ("image",), facts=(Fact("color", "what ?", "red"),)),
+        Prompt("p", "edit", (torch.ones(3, 4, 4), "a star"), ("image",), facts=(Fact("color", "what ?", "red"),)),
+        Prompt("p", "edit", (torch.zeros(3, 4, 4), "a star"), ("image",), facts=(Fact("color", "what ?", "blue"),)),
+        Prompt("p", "edit", (torch.zeros(3, 4, 4), "A star"), ("image",), facts=(Fact("color", "what ?", "red"),)),
+    ]
+    assert prompt_digest(one) not in map(prompt_digest, others)
+    assert prompt_digest(one) == prompt_digest(replace(one, id="q", category="c"))
 
 
 class Flaky:

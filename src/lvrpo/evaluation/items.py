@@ -52,6 +52,8 @@ class ItemRecord(Record):
     """One line of ``items.jsonl``."""
 
     id: str
+    asked: str | None = None
+    """``prompt_digest``; None in files of older versions, whose items are evaluated again."""
     scores: list[float | None]
     judged: list[float | None]
     read_back: list[int] | None
@@ -130,10 +132,11 @@ class ItemFolder:
     def read(self, prompt: Prompt, count: int, failed: bool = False) -> Item | None:
         """The item of a prompt with ``count`` scores; None where it is to be evaluated.
 
-        ``failed``: also one whose scoring failed.
+        It is where another prompt had this id, as rows without ids are named after their line. ``failed``: also one
+        whose scoring failed.
         """
         line = self._lines.get(prompt.id)
-        if line is None or len(line.scores) != count:
+        if line is None or len(line.scores) != count or line.asked != prompt_digest(prompt):
             return None
         if not failed and (line.failure or None in line.scores):
             return None
@@ -159,6 +162,7 @@ class ItemFolder:
                     pictures.append(name)
             row = {
                 "id": prompt.id,
+                "asked": prompt_digest(prompt),
                 "category": prompt.category,
                 "prompt": prompt.text,
                 "answer": prompt.answer,
@@ -195,6 +199,17 @@ class ItemFolder:
             if row is not None:
                 found[row["id"]] = ItemRecord.model_construct(**row)
         return found
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """Hash of everything of a prompt that its outputs and their scores depend on."""
+    facts = [(fact.kind, fact.question, fact.answer, fact.check, fact.choices) for fact in prompt.facts]
+    texts = [part if isinstance(part, str) else list(part.shape) for part in prompt.parts]
+    content = (prompt.task, texts, prompt.output, prompt.answer, facts, prompt.rules, prompt.world)
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8)
+    for tensor in (*prompt.images, *(() if prompt.edited is None else (prompt.edited,))):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def file_name(prompt_id: str) -> str:
