@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.config import RewardConfig
+from lvrpo.rewards.success import HeldOutScorer
+from lvrpo.rewards.table import build_rewards
 from lvrpo.training.run_directory import json_text
 from lvrpo.types import Fact, Group, Prompt
 
@@ -152,6 +156,29 @@ def test_another_prompt_of_the_same_id_is_evaluated_anew(
     ]
     assert prompt_digest(one) not in map(prompt_digest, others)
     assert prompt_digest(one) == prompt_digest(replace(one, id="q", category="c"))
+
+
+def test_an_evaluation_by_other_rewards_or_without_reading_back_is_another_one(policy: Policy, tmp_path: Path) -> None:
+    asked = Prompt(
+        "p", "generate", ("two red circles",), ("image",), facts=(Fact("color", "what color is the circle ?", "red"),)
+    )
+    benchmark = Benchmark("g", lambda n: [asked], 1, metric="reward", own_sampling=True)
+
+    def scored_by(weight: float, judge: Policy) -> EvaluationOptions:
+        rewards = build_rewards([RewardConfig(name="self_vqa", weight=weight), RewardConfig(name="caption_back")])
+        return replace(kept(tmp_path), scorer=HeldOutScorer(tuple(rewards)), reward_judge=judge)
+
+    other = copy.deepcopy(policy)
+    for parameter in cast(torch.nn.Module, other).parameters():
+        parameter.data += 0.1
+    evaluate(policy, [benchmark], options=scored_by(1.0, policy))
+    for options, key in ((scored_by(0.5, policy), "rewards"), (scored_by(1.0, other), "reward_judge")):
+        with pytest.raises(InputError, match=f"holds an evaluation with {key} "):
+            evaluate(policy, [benchmark], options=options)
+    drawn = find_benchmarks(["generate"])
+    evaluate(policy, drawn, sizes={"generate": 2}, options=kept(tmp_path))
+    with pytest.raises(InputError, match="holds an evaluation with read_back False, this one has True"):
+        evaluate(policy, drawn, sizes={"generate": 2}, options=replace(kept(tmp_path), sampled_prompts=1))
 
 
 class Flaky:

@@ -353,11 +353,14 @@ def _open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> It
 def identity(
     policy: Policy, benchmark: Benchmark, seed: int, settings: Mapping[TaskKind, Sampling], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Everything that the items of a benchmark depend on. Any: JSON values."""
+    """Everything that the items of a benchmark depend on, apart from their prompts. Any: JSON values."""
+    is_rewarded = benchmark.metric == "reward" and benchmark.reward is None
     return {
         "policy": judge_fingerprint(policy),
         "judge": judge_fingerprint(options.judge or policy),
-        "rewards": sorted(r.config.title for r in options.scorer.rewards),
+        "rewards": [r.config.model_dump(mode="json") for r in options.scorer.rewards if is_rewarded],
+        "reward_judge": judge_fingerprint(options.reward_judge) if is_rewarded and options.reward_judge else None,
+        "read_back": _reads_back(policy, benchmark, options),
         "success": options.scorer_of(benchmark).rule,
         "seed": seed,
         "samples": benchmark.samples,
@@ -393,17 +396,22 @@ def _scored_items(
             for p, row in enumerate(scores.values.tolist())
         ]
         reasons = {p: why for (p, _), why in reversed([*scores.failures.items()])}
-    # optional in anybody's class
-    reads, judge_reads = ("read" in getattr(one, "judging_sides", SIDES) for one in (policy, judge))
-    judged = judge_scores(groups, judge) if judge_reads and count > benchmark.samples else [()] * len(groups)
-    succeeds = benchmark.metric == "success" and reward is None
-    reads_back = reads and options.sampled_prompts and succeeds
-    backs = read_back(groups, policy) if reads_back else [None] * len(groups)
+    judged = judge_scores(groups, judge) if _reads(judge) and count > benchmark.samples else [()] * len(groups)
+    backs = read_back(groups, policy) if _reads_back(policy, benchmark, options) else [None] * len(groups)
     return [
         Item(Group(group.prompt, group.trajectories[: benchmark.samples]), tuple(rows[p]), judged[p], backs[p], reason)
         for p, group in enumerate(groups)
         for reason in [reasons.get(p) or ("" if all(map(math.isfinite, rows[p])) else "no score")]
     ]
+
+
+def _reads(policy: Policy) -> bool:
+    return "read" in getattr(policy, "judging_sides", SIDES)  # optional in anybody's class
+
+
+def _reads_back(policy: Policy, benchmark: Benchmark, options: EvaluationOptions) -> bool:
+    """Whether the policy reads its own drawings."""
+    return options.sampled_prompts > 0 and benchmark.metric == "success" and benchmark.reward is None and _reads(policy)
 
 
 def _benchmark_record(
