@@ -180,11 +180,17 @@ class FactCheck:
     holds: bool | None = None
 
 
+SampleKey = tuple[str, str]
+"""(benchmark, id of the prompt); rows of two files may have the same ids."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt of an evaluation with its first output: a row of ``prompts``."""
 
     id: str
+    benchmark: str = ""
+    """"" in files of older versions."""
     task: str = ""
     category: str = ""
     text: str = ""
@@ -197,6 +203,10 @@ class Sample:
     """File below the run directory; so is ``source_image``."""
     source_image: str | None = None
     facts: tuple[FactCheck, ...] = ()
+
+    @property
+    def key(self) -> SampleKey:
+        return self.benchmark, self.id
 
 
 @dataclass(frozen=True)

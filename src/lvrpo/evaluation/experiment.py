@@ -42,7 +42,7 @@ from lvrpo.evaluation.suite import (
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
 from lvrpo.reading import Record, path_exists
-from lvrpo.records import Cost
+from lvrpo.records import Cost, SampleKey
 from lvrpo.report import build_report
 from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.training.base_trainer import InterruptHandler, print_stopping
@@ -262,23 +262,31 @@ class Experiment:
         middle = max(1, self.trainer.config.steps // 2)
         if row["step"] == middle and self._report_prompts:
             policy = evaluation_policy(self.trainer.state.policies, "ema")
-            alike: dict[Sampling, list[Prompt]] = {}
+            alike: dict[Sampling, list[tuple[Benchmark, Prompt]]] = {}
             for benchmark, prompt in self._report_prompts:
                 own = benchmark.own_sampling
                 sampling = benchmark.sampling(default_sampling(policy, prompt.task)) if own else self.sampling
-                alike.setdefault(sampling, []).append(prompt)
-            groups = [g for sampling, prompts in alike.items() for g in sample_prompts(policy, prompts, sampling, 0)]
+                alike.setdefault(sampling, []).append((benchmark, prompt))
+            drawn: dict[str, list[Group]] = {}
+            for sampling, pairs in alike.items():
+                groups = sample_prompts(policy, [prompt for _, prompt in pairs], sampling, 0)
+                for (benchmark, _), group in zip(pairs, groups, strict=True):
+                    drawn.setdefault(benchmark.name, []).append(group)
             name = f"step_{middle:06d}"
-            samples = write_samples(self.run, name, groups, self._successes(groups))
+            shown = [(benchmark, group) for benchmark, own_groups in drawn.items() for group in own_groups]
+            samples = write_samples(self.run, name, shown, self._successes(drawn))
             self.run.write_json(f"eval/{name}.json", {"prompts": list(map(asdict, samples))})
         self.progress.step(row)
 
-    def _successes(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The successes of the report's prompts; the task's own rule is asked of its own prompts alone."""
-        scorer = self.trainer.components.scorer
-        own = {p.id for b in self.benchmarks if b.own_rule for p in b.prompts(self.plan.sizes.get(b.name, b.n))}
-        found = first_successes([group for group in groups if group.prompt.id in own], scorer)
-        return found | first_successes([group for group in groups if group.prompt.id not in own], SUCCESS_ONLY)
+    def _successes(self, drawn: Mapping[str, Sequence[Group]]) -> dict[SampleKey, float]:
+        """The successes of the report's prompts by benchmark; the task's own rule is asked of its own prompts alone."""
+        own_rule = {benchmark.name for benchmark in self.benchmarks if benchmark.own_rule}
+        return {
+            (name, prompt): success
+            for name, groups in drawn.items()
+            for scorer in [self.trainer.components.scorer if name in own_rule else SUCCESS_ONLY]
+            for prompt, success in first_successes(groups, scorer).items()
+        }
 
     def after(self, before: Evaluation) -> dict[str, Any]:
         """Evaluates the result, waits for the baseline, writes summary and report; returns the summary. Any: JSON."""
@@ -330,13 +338,13 @@ class Experiment:
         """The prompts of the samples in eval/before.json, each with its benchmark."""
         sizes = self.plan.sizes
         known = {
-            prompt.id: (benchmark, prompt)
+            (benchmark.name, prompt.id): (benchmark, prompt)
             for benchmark in self.benchmarks
             if benchmark.name not in REPEATED_PROMPTS
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
         }
         shown = read_evaluation(self.run, "eval/before.json").prompts
-        return [known[sample.id] for sample in shown if sample.id in known]
+        return [known[sample.key] for sample in shown if sample.key in known]
 
 
 def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:

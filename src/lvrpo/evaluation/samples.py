@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.images import png
-from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
+from lvrpo.records import EvaluationRecord, FactCheck, Sample, SampleKey, from_json
 from lvrpo.rewards.success import HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
@@ -37,15 +37,15 @@ def first_per_category(name: str, groups: Sequence[Group]) -> list[Group]:
 
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
     """Writes eval/PHASE.json, with the pictures of the kept samples in eval/PHASE/ and eval/sources/."""
-    groups = [group for kept in evaluation.groups.values() for group in kept]
+    groups = [(name, group) for name, kept in evaluation.groups.items() for group in kept]
     rewards = {
-        prompt: score
-        for scored in evaluation.scored.values()
+        (name, prompt): score
+        for name, scored in evaluation.scored.items()
         if scored.metric == "reward"
         for prompt, score in zip(scored.ids, scored.scores, strict=True)
     }
     successes = {
-        prompt: row[0]
+        (name, prompt): row[0]
         for name, kept in evaluation.groups.items()
         if kept
         for prompt, row in zip(evaluation.scored[name].ids, evaluation.scored[name].successes, strict=False)
@@ -68,21 +68,23 @@ def first_successes(groups: Sequence[Group], scorer: HeldOutScorer) -> dict[str,
 def write_samples(
     run: RunDirectory,
     phase: str,
-    groups: Sequence[Group],
-    successes: Mapping[str, float],
-    rewards: Mapping[str, float] | None = None,
+    groups: Sequence[tuple[str, Group]],
+    successes: Mapping[SampleKey, float],
+    rewards: Mapping[SampleKey, float] | None = None,
 ) -> list[Sample]:
-    """One row per group, of its first member; writes the pictures.
+    """One row per group, each with its benchmark, of its first member; writes the pictures.
 
-    ``successes``: by prompt id, nan where it failed; ``rewards``: scores by prompt id, where success is not defined.
+    ``successes``: nan where it failed; ``rewards``: scores where success is not defined.
     """
-    first = [Group(group.prompt, group.trajectories[:1]) for group in groups]
-    scores = {prompt: score for prompt, score in successes.items() if math.isfinite(score)}
-    drawn = [group for group in first if "image" in group.prompt.output and has_success(group.prompt)]
-    holds = {group.prompt.id: row for group, row in zip(drawn, fact_table(drawn), strict=True)} if drawn else {}
+    first = [(name, Group(group.prompt, group.trajectories[:1])) for name, group in groups]
+    scores = {key: score for key, score in successes.items() if math.isfinite(score)}
+    drawn = [each for each in first if "image" in each[1].prompt.output and has_success(each[1].prompt)]
+    facts_hold = fact_table([group for _, group in drawn]) if drawn else []
+    holds = {(name, group.prompt.id): row for (name, group), row in zip(drawn, facts_hold, strict=True)}
     rows = []
-    for number, group in enumerate(groups):
+    for number, (name, group) in enumerate(groups):
         prompt, output = group.prompt, group.trajectories[0]
+        key = name, prompt.id
         image = source = None
         if output.image is not None:
             image = f"eval/{phase}/{number:05d}.png"
@@ -92,17 +94,18 @@ def write_samples(
             source = f"eval/sources/{number:05d}.png"
             if not (run.path / source).exists():
                 run.write_bytes(source, png(picture))
-        facts = zip(prompt.facts, holds.get(prompt.id, [None] * len(prompt.facts)), strict=True)
+        facts = zip(prompt.facts, holds.get(key, [None] * len(prompt.facts)), strict=True)
         rows.append(
             Sample(
                 id=prompt.id,
+                benchmark=name,
                 task=prompt.task,
                 category=prompt.category,
                 text=prompt.text,
                 answer=prompt.answer,
                 output_text=output.text,
-                score=scores.get(prompt.id),
-                reward=(rewards or {}).get(prompt.id),
+                score=scores.get(key),
+                reward=(rewards or {}).get(key),
                 image=image,
                 source_image=source,
                 facts=tuple(FactCheck(fact.question, fact.answer, held) for fact, held in facts),

@@ -10,7 +10,7 @@ from typing import Any
 
 from lvrpo.errors import InputError
 from lvrpo.reading import path_exists, read_bytes, read_json
-from lvrpo.records import Metrics, Sample, Summary, from_json
+from lvrpo.records import Metrics, Sample, SampleKey, Summary, from_json
 
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
 """A folder that holds none of these is not a run directory."""
@@ -26,8 +26,8 @@ class RunRecord:
     metrics: Metrics
     summary: Summary | None
     contract: tuple[Mapping[str, Any], ...]
-    phases: tuple[tuple[str, Mapping[str, Sample]], ...]
-    """(label, samples by prompt id) in order of time: before, step 20, ..., after."""
+    phases: tuple[tuple[str, Mapping[SampleKey, Sample]], ...]
+    """(label, samples by key) in order of time: before, step 20, ..., after."""
     grids: tuple[tuple[int, Path], ...]
     """(step, picture of sampled groups) in order of steps."""
     problems: tuple[str, ...]
@@ -44,7 +44,7 @@ class RunRecord:
             return (self.path / "policy.json").is_file() and not (self.path / "plan.json").exists()
         return bool(self.summary.after) or not self.summary.before
 
-    def samples(self, label: str) -> Mapping[str, Sample]:
+    def samples(self, label: str) -> Mapping[SampleKey, Sample]:
         return next((samples for name, samples in self.phases if name == label), {})
 
 
@@ -80,7 +80,7 @@ def load_run(path: Path) -> RunRecord:
     )
 
 
-def _phases(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Sample]]]:
+def _phases(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[SampleKey, Sample]]]:
     """Before, what was kept in between, after."""
     yield "before", _samples(path / "eval" / "before.json", problems)
     for step, file in _numbered(path / "eval", "step_*.json"):
@@ -90,7 +90,7 @@ def _phases(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Sa
     yield "after", _samples(path / "eval" / "after.json", problems)
 
 
-def _samples(path: Path, problems: list[str]) -> dict[str, Sample]:
+def _samples(path: Path, problems: list[str]) -> dict[SampleKey, Sample]:
     raw = _tolerant_json(path, problems)
     rows = (raw.get("prompts") if isinstance(raw, dict) else None) or []
     try:
@@ -98,7 +98,7 @@ def _samples(path: Path, problems: list[str]) -> dict[str, Sample]:
     except InputError as error:
         problems.append(f"{error}.")
         return {}
-    return {sample.id: sample for sample in samples}
+    return {sample.key: sample for sample in samples}
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvrpo.errors import InputError
 from lvrpo.images import DECODE_ERRORS, open_image
-from lvrpo.records import Sample
+from lvrpo.records import Sample, SampleKey
 from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord
 
@@ -106,7 +106,7 @@ def sample_sections(run: RunRecord, store: ImageStore) -> SampleSections:
     )
 
 
-def _phases(run: RunRecord) -> list[tuple[str, dict[str, Sample]]]:
+def _phases(run: RunRecord) -> list[tuple[str, dict[SampleKey, Sample]]]:
     """Before and after always; in between at most one, from the middle of the run, that shares prompts with them."""
     known = set(run.samples("before")) | set(run.samples("after"))
     between = [(name, dict(samples)) for name, samples in run.phases if name not in ("before", "after")]
@@ -116,8 +116,8 @@ def _phases(run: RunRecord) -> list[tuple[str, dict[str, Sample]]]:
     return [("before", dict(run.samples("before"))), *middle, *([("after", after)] if after else [])]
 
 
-def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: ImageStore) -> SampleView:
-    samples = [found.get(sample_id) for _, found in phases]
+def _view(key: SampleKey, phases: list[tuple[str, dict[SampleKey, Sample]]], store: ImageStore) -> SampleView:
+    samples = [found.get(key) for _, found in phases]
     known = [sample for sample in samples if sample is not None]
     first = known[0]
     frames = tuple(
@@ -128,7 +128,7 @@ def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: Im
     facts = tuple((q, a, tuple(_holds(sample, q, a) for sample in samples)) for q, a in questions)
     source = next((sample.source_image for sample in known if sample.source_image), None)
     answer, given = first.answer or "", store.picture(source)
-    return SampleView(sample_id, first.task, first.category, first.text, answer, given, frames, facts)
+    return SampleView(first.id, first.task, first.category, first.text, answer, given, frames, facts)
 
 
 def _holds(sample: Sample | None, question: str, answer: str) -> bool | None:
