@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from lvrpo.evaluation.samples import write_evaluation
+from lvrpo.evaluation.samples import write_evaluation, write_samples
 from lvrpo.evaluation.suite import Evaluation
+from lvrpo.images import load_image
 from lvrpo.records import BenchmarkRecord
 from lvrpo.report.run import load_run
 from lvrpo.report.samples import ImageStore, sample_sections
@@ -49,3 +50,13 @@ def test_rows_of_two_files_with_the_same_ids_are_shown_each_with_its_own_score(t
     ]
     sections = sample_sections(load_run(tmp_path), ImageStore(tmp_path))
     assert (sections.judged, sections.answers.total, sections.still_wrong.total) == (3, 3, 2)
+
+
+def test_the_picture_beside_a_question_is_its_own_in_whatever_order_the_prompts_are_sampled(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    shown = [(name, group) for name, shade in (("a", 0.0), ("b", 1.0)) for group in answered(["red"], "red", shade)]
+    for phase, order in (("before", shown), ("step_000010", shown[::-1]), ("after", shown[1:])):
+        rows = write_samples(run, phase, order, {})
+        assert [load_image(tmp_path / str(row.source_image)).mean().item() for row in rows] == [
+            group.prompt.images[0].mean().item() for _, group in order
+        ]

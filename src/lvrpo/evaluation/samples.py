@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -91,9 +92,10 @@ def write_samples(
             run.write_bytes(image, png(output.image))
         picture = next(iter(prompt.images), None)
         if picture is not None:
-            source = f"eval/sources/{number:05d}.png"
+            content = png(picture)
+            source = f"eval/sources/{hashlib.blake2b(content, digest_size=8).hexdigest()}.png"
             if not (run.path / source).exists():
-                run.write_bytes(source, png(picture))
+                run.write_bytes(source, content)
         facts = zip(prompt.facts, holds.get(key, [None] * len(prompt.facts)), strict=True)
         rows.append(
             Sample(
