@@ -326,8 +326,9 @@ def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) 
     held = save("sums_held.jsonl", [{**TRAIN[2], "prompt": "what is 40 + 2?"}])
     files = f"{{train: {sums}, validation: {held}, test: {same}}}"
     data = f"data={{source: jsonl, jsonl: {files}, prompts_per_step: {{reason: 2}}}}"
-    assert main(["train", "quickstart", data]) == 2
-    assert "same.jsonl:1: the same text and pictures as sums.jsonl:1" in capsys.readouterr().err
+    for command in ("train", "check"):
+        assert main([command, "quickstart", data]) == 2
+        assert "same.jsonl:1: the same text and pictures as sums.jsonl:1" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

@@ -24,7 +24,7 @@ from lvrpo.training.base_trainer import InterruptHandler, print_stopping
 from lvrpo.training.components import open_components
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import dry_run, memory_needed
-from lvrpo.training.leakage import require_unseen
+from lvrpo.training.leakage import require_disjoint_splits, require_unseen
 from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, require_free_bytes, require_memory
 from lvrpo.training.preflight import require
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
@@ -130,6 +130,7 @@ def check(options: Options) -> None:
     policy_folder(config.policy)  # a missing one is refused before anything is printed
     print(dump_config(config), end="")
     components = open_components(config)  # what it refuses need not wait for the estimate
+    require_disjoint_splits(config, components.rows)
     memory = None
     try:
         memory = estimate_run_memory(config, components)
