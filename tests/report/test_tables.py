@@ -39,6 +39,13 @@ def results(shift: float) -> dict[str, Any]:
     }
 
 
+def test_a_table_without_a_value_is_left_out() -> None:
+    few = {"balanced": None, "accuracy": 0.0, "entropy": 0.0, "entropy_right": 0.0, "n": 1}
+    assert (
+        measure_tables({"after": {"own/understand": {**estimate(0.0), "categories": {}, "forms": {"own": few}}}}) == []
+    )
+
+
 DIFFERENCE: dict[str, Any] = {
     "generate": {
         **estimate(0.1, detectable=0.06),

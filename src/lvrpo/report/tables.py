@@ -106,7 +106,8 @@ def measure_tables(
     known = {phase: _readable(results) for phase, results in phases.items()}
     change = _readable(difference)
     tables = (_samples_table(known, change, full), _answers_table(known, change), _agreement_table(known))
-    return [_without_empty_columns(table) for table in tables if table.rows]
+    kept = (_without_empty_columns(table) for table in tables if table.rows)
+    return [table for table in kept if len(table.heads) > 1]  # few answers have no balanced accuracy and no form
 
 
 def summary_phases(summary: Mapping[str, Any]) -> dict[str, Results]:
