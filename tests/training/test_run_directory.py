@@ -66,7 +66,7 @@ def test_create_then_open_gives_the_configuration_back(path: Path) -> None:
         assert run.config(Root) == config
     with RunDirectory.open(path) as run:
         assert run.config(Root) == config
-        run.require_config(config)
+        run.require_config(config, "")
 
 
 def test_a_path_of_the_current_folder_stays_one_wherever_the_run_is_resumed(
@@ -78,7 +78,7 @@ def test_a_path_of_the_current_folder_stays_one_wherever_the_run_is_resumed(
     with RunDirectory.create(path, config) as run:
         run.write_manifest(config, seeds={})
     with RunDirectory.open(path) as run:
-        run.require_config(config)  # the same command with --resume
+        run.require_config(config, "")  # the same command with --resume
         monkeypatch.chdir("/")
         saved = run.config(Named)
     assert saved == Named(rewards=({"name": f"{tmp_path}/here/mine.py:warm"},), file=tmp_path / "rows.jsonl")
@@ -98,8 +98,9 @@ def test_another_configuration_is_refused_and_nothing_overwritten(path: Path) ->
 
 def test_allowed_keys_may_differ_on_resume(path: Path) -> None:
     with RunDirectory.create(path, Root()) as run:
-        run.require_config(Root(training=Training(steps=20)), allow={"training.steps"})
-        assert "seed=0 against 1" in refusal(run.require_config, Root(seed=1), allow={"training.steps"})
+        run.require_config(Root(training=Training(steps=20)), "", allow={"training.steps"})
+        said = refusal(run.require_config, Root(seed=1), "start a new run", allow={"training.steps"})
+        assert "(seed=0 against 1): start a new run" in said
 
 
 def test_a_key_that_did_not_exist_when_the_run_began_has_its_default(path: Path) -> None:
@@ -107,8 +108,8 @@ def test_a_key_that_did_not_exist_when_the_run_began_has_its_default(path: Path)
         file = path / "config.yaml"
         lines = file.read_text().splitlines()
         file.write_text("\n".join(line for line in lines if not line.startswith("seed")))
-        run.require_config(Root())
-        assert "seed=0 against 1" in refusal(run.require_config, Root(seed=1))
+        run.require_config(Root(), "")
+        assert "(seed=0 against 1): start a new run" in refusal(run.require_config, Root(seed=1), "start a new run")
 
 
 @pytest.mark.parametrize("progress", ["metrics", "checkpoint", "summary"])

@@ -416,7 +416,9 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
         run = RunDirectory.open(folder)
         try:
             if config is not None:
-                run.require_config(config)
+                run.require_config(
+                    config, "a resumed run keeps its settings: leave them as they were, or start a new run"
+                )
             config = run.config(PretrainConfig)
             require_trackers(config.trackers)
             torch.set_num_threads(config.threads)

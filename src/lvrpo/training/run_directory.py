@@ -198,14 +198,13 @@ class RunDirectory:
     def _known_configs(manifest: dict[str, Any]) -> list[str | None]:
         return [manifest["config_sha256"], *(start.get("config_sha256") for start in manifest.get("resumed", []))]
 
-    def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
+    def require_config(self, config: Config, remedy: str, allow: Collection[str] = ()) -> None:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""
         differing = [line for line in self._differences(config) if line.partition("=")[0] not in allow]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"{self.path}: holds a run with another configuration ({', '.join(differing[:3])}{more}): "
-                "choose another name, or continue that run with --resume and its own configuration"
+                f"{self.path}: holds a run with another configuration ({', '.join(differing[:3])}{more}): {remedy}"
             )
 
     def require_unchanged(self) -> None:
@@ -235,7 +234,7 @@ class RunDirectory:
             if foreign:
                 raise InputError(f"{self.path}: is no run and holds {foreign[0]}: choose another name")
             return
-        self.require_config(config)
+        self.require_config(config, "choose another name, or continue that run with --resume and its own configuration")
         if path_exists(self.path / SUMMARY) or latest_checkpoint(self.path) is not None or self.metrics():
             raise InputError(f"{self.path}: holds this run already: continue it with --resume or choose another name")
 

@@ -178,7 +178,8 @@ def resumed_config(run: RunDirectory, requested: TrainConfig | None) -> tuple[Tr
 
 def _saved_config(run: RunDirectory, requested: TrainConfig | None) -> TrainConfig:
     if requested is not None:
-        run.require_config(requested, allow=("steps",))
+        remedy = "a resumed run keeps its settings, only steps may grow: leave them as they were, or start a new run"
+        run.require_config(requested, remedy, allow=("steps",))
     saved = run.config(TrainConfig)
     if requested is not None and requested.steps < saved.steps:
         raise InputError(
