@@ -259,15 +259,20 @@ WORKS: dict[str, tuple[tuple[str, ...], ...]] = {
 FAILS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "janus": (
         ((*SCORES, "edit"), "this model does understand, generate, reason alone"),
-        (EDIT, "draws from text alone"),
+        (EDIT, "does understand, generate, reason alone: name a model of the task 'edit'"),
+        ((*DRAW, "--force", "--num-steps", "4"), "--num-steps: applies to flow and masked, and this model generates t"),
+        ((*SCORES, "generate", "--num-steps", "4"), "--num-steps: applies to flow and masked, and this model generat"),
     ),
     "emu3": (
-        (EDIT, "draws from text alone"),
+        (EDIT, "does understand, generate, reason alone"),
         ((*DRAW, "--force", "--size", "33x32"), "in tokens of 8 x 8: use multiples of 8"),
     ),
-    "showo": ((EDIT, "draws from text alone"),),
-    "mmada": ((EDIT, "draws from text alone"),),
-    "showo2": ((EDIT, "picture"),),
+    "showo": (
+        (EDIT, "does understand, generate, reason alone"),
+        ((*DRAW, "--force", "--renorm-min", ".5"), "--renorm-min: applies to flow, and this model generates text, ma"),
+    ),
+    "mmada": ((EDIT, "does understand, generate, reason alone"),),
+    "showo2": ((EDIT, "does understand, generate, reason alone"),),
     "qwen3_vl": (
         ((*SCORES, "edit"), f"this model {NO_DRAWING}"),
         (EDIT, NO_DRAWING),
@@ -275,8 +280,8 @@ FAILS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (("ask", "--image", "p.png", "<|im_end|>"), "holds <|im_end|>, a marker of the model"),
     ),
     "sd3": (
-        (ASK, "draws and writes nothing"),
-        (EDIT, "from text alone"),
+        (ASK, "does generate alone: name a model of the task 'understand'"),
+        (EDIT, "does generate alone"),
         ((*DRAW, "--force", "--size", "33x32"), "must be multiples of 8"),
         ((*SCORES, "understand"), "this model does generate alone"),
     ),

@@ -19,7 +19,7 @@ from lvrpo.commands.benchmarks import (
     resumable,
     write_geneval_layout,
 )
-from lvrpo.commands.inputs import read_config, write_file
+from lvrpo.commands.inputs import read_config, require_used, write_file
 from lvrpo.commands.options import Options, refuse_existing, refuse_given
 from lvrpo.commands.progress import print_tables, text_table, wide_console
 from lvrpo.config import read_yaml
@@ -90,6 +90,8 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
     if tuned is not None:
         tuned.require_model(judge_fingerprint(policy))
     against = None if options.against is None else load_policy(options.against, options.device, options.dtype)
+    if options.num_steps is not None:
+        require_used("--num-steps", "num_steps", [policy] if against is None else [policy, against])
     judge = None if against is None else against.make_reference()
     if options.judge is not None:
         judge = load_policy(options.judge, options.device, options.dtype).make_reference()

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, write_file
+from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, require_used, write_file
 from lvrpo.commands.options import Options, refuse_existing
 from lvrpo.data.jsonl import image_path
 from lvrpo.data.rows import require_texts
 from lvrpo.errors import InputError
 from lvrpo.images import load_image, middle_square, png
-from lvrpo.policies.base import Policy, check_text
-from lvrpo.policies.loading import load_policy, stored_image_size
+from lvrpo.policies.base import Policy, abilities, check_text
+from lvrpo.policies.loading import load_policy, possible_tasks, stored_image_size
 from lvrpo.reading import read_lines
 from lvrpo.sampling import derive_seed
-from lvrpo.types import Group, Part, Prompt
+from lvrpo.types import Group, Part, Prompt, TaskKind
 
 MOST_CHARACTERS = 1_000_000
 """Limit of a text on the command line; a model's own limit is lower and in tokens."""
@@ -45,11 +45,11 @@ def generate(options: Options) -> None:
             f"{options.prompts}: {kind} is no list of prompts: give a text file, a prompt per line, or .jsonl"
         )
     else:
-        texts = [line for _, line in read_lines(options.prompts, "write one line each")]
+        texts = [line for _, line in read_lines(options.prompts, "write one prompt per line")]
     numbers = range(len(texts) * options.count)
     refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
     prompts = [_drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]
-    groups = sample(load(options), prompts, options, options.count)
+    groups = sample(load(options, prompts[0].task), prompts, options, options.count)
     index = []
     for group, text in zip(groups, texts, strict=True):
         for trajectory in group.trajectories:
@@ -85,12 +85,12 @@ def ask(options: Options) -> None:
     if options.out is not None:
         refuse_existing([options.out], options.force)
     if image is not None and question is not None:
-        policy = load(options)
+        policy = load(options, _question_task(options))
         prompts = [prompt(_question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
         rows = _question_rows(table, stored_image_size(options.model), options.root)
-        policy = load(options)
+        policy = load(options, _question_task(options))
         for row in rows:
             require_texts(partial(check_text, policy), row.where, [str(row.parts[-1])], None)
         prompts = [prompt(_question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
@@ -143,7 +143,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
 def edit(options: Options) -> None:
     require_png(options.out)
     refuse_existing([options.out], options.force)
-    policy = load(options)
+    policy = load(options, "edit")
     parts = (fitting_image(options.image, policy.image_size), options.instruction)
     group = sample(policy, [_drawing_prompt("edit", parts, 0, options)], options, task="edit")[0]
     image = group.trajectories[0].image
@@ -152,11 +152,14 @@ def edit(options: Options) -> None:
     print(options.out)
 
 
-def load(options: Options) -> Policy:
-    """The policy, on its device; before that, what no policy can do is refused."""
+def load(options: Options, task: TaskKind) -> Policy:
+    """The policy, on its device; before that, what no policy can do is refused, and what this one cannot."""
     low, high = vars(options).get("guidance_interval") or (0.0, 1.0)
     if low >= high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: guides no step: write LOW < HIGH, or --guidance 1")
+    tasks = possible_tasks(options.model)
+    if task not in tasks:
+        raise InputError(f"{options.model}: {abilities(tasks)}: name a model of the task {task!r}")
     torch.set_num_threads(options.threads)
     return load_policy(options.model, options.device, options.dtype, options.base)
 
@@ -181,7 +184,10 @@ def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Op
 
 
 def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1, task: Any = None) -> list[Group]:
-    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a task, by default the prompts'."""
+    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a task, by default the prompts'.
+
+    Raises InputError for an option that the policy does not use.
+    """
     drawing = prompts[0].output[-1] == "image"
     names = {
         "guidance": "guidance_scale",
@@ -193,7 +199,12 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
         "max_new_tokens": "max_new_tokens",
         "size": "image_size",
     }
-    given = {field: value for name, field in names.items() if (value := vars(options).get(name)) is not None}
+    given: dict[str, Any] = {}
+    for name, field in names.items():
+        if (value := vars(options).get(name)) is not None:
+            setting = "guidance_renorm" if name == "renorm_min" else field
+            require_used(f"--{name.replace('_', '-')}", setting, [policy])
+            given[field] = value
     if "guidance_interval" in given:
         given["guidance_interval"] = tuple(given["guidance_interval"])
     sampling = replace(policy.default_sampling(task or prompts[0].task), group_size=count, temperature=0.0, **given)

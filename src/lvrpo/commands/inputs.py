@@ -15,9 +15,11 @@ from lvrpo.config import ALLOW_CODE, Config, load_config
 from lvrpo.data.rows import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.images import load_image, middle_square
+from lvrpo.policies.base import Policy
 from lvrpo.reading import parse_json, path_exists, read_lines
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors
+from lvrpo.training.config import ROLLOUT_OF
 from lvrpo.training.run_directory import MANIFEST, json_text
 from lvrpo.types import Image, TaskKind
 
@@ -52,6 +54,15 @@ def require_png(path: Path) -> None:
     """Raises InputError for the name of a picture to write that ends in anything but .png."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: pictures are written as PNG: end the name in .png")
+
+
+def require_used(option: str, setting: str, policies: Sequence[Policy]) -> None:
+    """Raises InputError for an option that none of the policies uses; ``setting``: its field of ``rollout``."""
+    concerned = ROLLOUT_OF[setting]
+    kinds = dict.fromkeys(kind for policy in policies for kind in policy.segment_kinds)
+    if not kinds.keys() & set(concerned):
+        does = f"applies to {' and '.join(concerned)}, and this model generates {', '.join(kinds)}"
+        raise InputError(f"{option}: {does}: leave it out")
 
 
 @contextmanager

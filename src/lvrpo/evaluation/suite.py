@@ -20,7 +20,7 @@ from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, Pu
 from lvrpo.evaluation.items import Item, ItemFolder, ItemStore
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts
-from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
+from lvrpo.policies.base import Policy, Sampling, abilities, can_draw, check_text
 from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import SIDES, Reward, judge_fingerprint
@@ -274,8 +274,7 @@ def evaluate(
         elif not getattr(policy, "draws_after_text", True):  # optional too
             prompts_of[name] = [p for p in prompts if p.output != ("text", "image")]
         if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
-            does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
-            raise InputError(f"benchmark {name}: task {wrong!r}: this model {does}: leave it out")
+            raise InputError(f"benchmark {name}: task {wrong!r}: this model {abilities(tasks)}: leave it out")
     if options.tuned is not None:
         for name, prompts in prompts_of.items():
             options.tuned.require_unseen(name, prompts)

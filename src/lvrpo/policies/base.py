@@ -162,6 +162,11 @@ def can_draw(tasks: Collection[TaskKind]) -> bool:
     return "generate" in tasks or "edit" in tasks
 
 
+def abilities(tasks: Collection[TaskKind]) -> str:
+    """The phrase in messages for what a policy does."""
+    return f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
+
+
 def check_text(policy: object, text: str) -> None:
     """Raises InputError where a policy cannot tokenize a text; a policy without ``check_text`` accepts all."""
     check = getattr(policy, "check_text", None)  # optional

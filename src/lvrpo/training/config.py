@@ -14,7 +14,7 @@ from lvrpo.data.scenes import ScenesConfig
 from lvrpo.data.tables import DatasetConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdapterConfig
-from lvrpo.policies.base import READS_ONLY, Sampling, can_draw
+from lvrpo.policies.base import Sampling, abilities
 from lvrpo.rewards.config import RewardConfig, SuccessConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
@@ -225,8 +225,8 @@ class TrainConfig(Config):
         """Raises InputError for prompts of a task that the policy does not support."""
         for task, count in self.data.prompts_per_step.items():
             if count and task not in tasks:
-                does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
-                raise InputError(f"data.prompts_per_step.{task}={count}: policy={self.policy} {does}: set it to 0")
+                does = f"policy={self.policy} {abilities(tasks)}"
+                raise InputError(f"data.prompts_per_step.{task}={count}: {does}: set it to 0")
 
     def require_policy_fit(self, segment_kinds: Sequence[SegmentKind], tasks: Sequence[TaskKind] = TASKS) -> None:
         """Raises InputError unless the sections are valid for a policy that generates these kinds of segments.
