@@ -79,6 +79,8 @@ class Prompt:
     """Whether it contains a combination that training prompts never contain."""
     rules: Mapping[str, Any] = field(default_factory=dict)
     """Rules for the text output: fields of ``lvrpo.data.rows.TextRules``, JSON values only."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Further values of its row, for reward functions; JSON values only. The model never sees them."""
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last image of ``parts``; None: unknown."""
     world: str = "scenes"

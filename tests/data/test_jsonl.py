@@ -16,6 +16,8 @@ from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
 from lvrpo.images import load_image
+from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.function import reward
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
 EDIT = {"task": "edit", "prompt": "make it blue", "images": ["a.png"]}
@@ -118,6 +120,20 @@ def test_boxes_are_of_the_picture_as_it_is_seen(folder: Path) -> None:
     assert edited is not None
     assert edited.shape == (6, 2)
     assert bool(edited.all())
+
+
+def test_metadata_reaches_reward_functions_and_counts_in_the_fingerprint(folder: Path) -> None:
+    plain = source(write(folder, DRAW)).fingerprint()
+    found = source(write(folder, {**DRAW, "metadata": {"level": 3}}))
+    assert found.in_order()[0].metadata == {"level": 3}
+    assert found.fingerprint() != plain
+    score = reward(lambda image, metadata: metadata["level"])()
+    image = torch.zeros(3, 4, 4)
+    prompts = (*found.in_order(), *source(write(folder, DRAW)).in_order())
+    groups = [offline_group(prompt, [[image]]) for prompt in prompts]
+    scores = score.score(groups, None)  # type: ignore[arg-type]  # it asks no judge
+    assert scores.values[0, 0] == 3
+    assert "level" in scores.failures[1, 0]
 
 
 def test_each_pass_is_a_new_deterministic_order(folder: Path) -> None:

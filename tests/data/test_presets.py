@@ -86,6 +86,25 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": CHAT[:2], "completion": CHAT[2:], "solution": 7},
         {"task": "reason", "images": [], "prompt": "Think first.\n\nWhat is it?", "target": ["A bus."], "answer": "7"},
     ),
+    (
+        "trl",
+        {
+            "prompt": "3 + 4",
+            "solution": "7",
+            "answer": None,
+            "level": 2,
+            "from": {"book": "a"},
+            "raw": b"",
+            "page": None,
+        },
+        {
+            "task": "reason",
+            "images": [],
+            "prompt": "3 + 4",
+            "answer": "7",
+            "metadata": {"level": 2, "from": {"book": "a"}},
+        },
+    ),
     ("trl", {"prompt": "3 + 4"}, {"task": "reason", "images": [], "prompt": "3 + 4"}),
 ]
 

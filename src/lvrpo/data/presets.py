@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -181,10 +182,34 @@ def conversations(record: Record) -> Fields:
     return question(pictures(record), text) | {"target": [reply]}
 
 
+ANSWERS = ("answer", "solution", "ground_truth")
+"""Columns of ``trl`` with the right answer, the first one first."""
+
+
+def further(record: Record, used: Collection[str | None]) -> Fields:
+    """The field ``metadata`` of the columns without a use of their own that JSON can hold, if there are any."""
+    found = {name: value for name, value in record.items() if name not in (*used, *PICTURES) and _is_json(value)}
+    return {"metadata": found} if found else {}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can hold the value of a column; not for null."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return value is not None
+
+
 def trl(record: Record) -> Fields:
-    """Rows of TRL: ``messages``, or ``prompt`` (a text or turns) with ``completion``, and the right answer if any."""
-    answer = pick(record, ("answer", "solution", "ground_truth"), required=False)
-    known: Fields = {} if answer is None else {"answer": str(answer)}
+    """Rows of TRL: ``messages``, or ``prompt`` (a text or turns) with ``completion``, and the right answer if any.
+
+    Other columns are the metadata, which reward functions read.
+    """
+    answered = next((name for name in ANSWERS if pick(record, (name,), required=False) is not None), None)
+    known = further(record, ("messages", "prompt", "completion", answered))
+    if answered is not None:
+        known["answer"] = str(record[answered])
     if record.get("messages") is not None:
         text, reply = exchange(record["messages"], answered=True)
         return question(pictures(record), text) | {"target": [reply]} | known

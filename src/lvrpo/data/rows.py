@@ -99,6 +99,8 @@ class Row(_Strict):
     """The rules of the text output, for the reward ``instruction``."""
     category: str = ""
     """The row of the results table that it counts in."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Further values, for reward functions with a parameter ``metadata``. Any: JSON."""
     output: list[OutputKind] = Field(default_factory=list)
     """The outputs in order; by default text (understand, reason) or image (generate, edit)."""
     edited: str | list[list[int]] | None = None
@@ -381,7 +383,8 @@ class RowPrompts(Task):
         for line in self._all():
             files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, ImageFile)]
             digests = [compared_file(file).digest for file in files]
-            total.update(f"{line.id} {line.row.model_dump_json()} {digests}\n".encode())
+            unused = None if line.row.metadata else {"metadata"}  # rows without it keep their hash
+            total.update(f"{line.id} {line.row.model_dump_json(exclude=unused)} {digests}\n".encode())
         return total.hexdigest()
 
     def prompt(self, task: TaskKind, index: int) -> Prompt:
@@ -412,6 +415,7 @@ class RowPrompts(Task):
         return Prompt(
             *(line.id, task, parts, row.kinds, row.answer, facts, row.category, line.source),
             rules=rules,
+            metadata=row.metadata,
             edited=self._edited(line),
         )
 

@@ -18,11 +18,12 @@ PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "trajectory": lambda trajectory: trajectory,
     "prompt": lambda trajectory: trajectory.prompt.text,
     "answer": lambda trajectory: trajectory.prompt.answer,
+    "metadata": lambda trajectory: trajectory.prompt.metadata,
     "text": lambda trajectory: trajectory.text,
     "image": lambda trajectory: trajectory.image,
 }
 """Arguments of a function by the names of its parameters: the whole trajectory, the words of the prompt, its right
-answer, the generated text, the generated picture."""
+answer, the further values of its row, the generated text, the generated picture."""
 LISTS = frozenset({"completions", "images", "prompts"})
 """Parameters of reward functions of other libraries, which score a whole batch."""
 OUTPUTS: tuple[OutputKind, ...] = ("text", "image")
