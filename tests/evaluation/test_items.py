@@ -154,6 +154,7 @@ def test_another_prompt_of_the_same_id_is_evaluated_anew(
         Prompt("p", "edit", (torch.zeros(3, 4, 4), "a star"), ("image",), facts=(Fact("color", "what ?", "blue"),)),
         Prompt("p", "edit", (torch.zeros(3, 4, 4), "A star"), ("image",), facts=(Fact("color", "what ?", "red"),)),
     ]
+    others.append(replace(one, metadata={"level": 3}))
     assert prompt_digest(one) not in map(prompt_digest, others)
     assert prompt_digest(one) == prompt_digest(replace(one, id="q", category="c"))
 

@@ -205,7 +205,7 @@ def prompt_digest(prompt: Prompt) -> str:
     """Hash of everything of a prompt that its outputs and their scores depend on."""
     facts = [(fact.kind, fact.question, fact.answer, fact.check, fact.choices) for fact in prompt.facts]
     texts = [part if isinstance(part, str) else list(part.shape) for part in prompt.parts]
-    content = (prompt.task, texts, prompt.output, prompt.answer, facts, prompt.rules, prompt.world)
+    content = (prompt.task, texts, prompt.output, prompt.answer, facts, prompt.rules, prompt.metadata, prompt.world)
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8)
     for tensor in (*prompt.images, *(() if prompt.edited is None else (prompt.edited,))):
         digest.update(tensor.numpy().tobytes())
