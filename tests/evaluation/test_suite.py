@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
-from lvrpo.evaluation import BENCHMARKS
+from lvrpo.evaluation import BENCHMARKS, suite
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.samples import PER_CATEGORY, first_per_category, write_evaluation
 from lvrpo.evaluation.scenes import held_out_prompts
@@ -162,6 +164,26 @@ def test_an_evaluation_survives_json(policy: Policy) -> None:
     again = Evaluation(from_json(EvaluationRecord, json.loads(json.dumps(one.as_dict())), "file").scores)
     assert again.scored == one.scored
     assert json.dumps(again.results()) == json.dumps(one.results())  # nan of a single cluster is nan again
+
+
+def test_only_the_pictures_that_are_kept_stay_in_memory(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    sample = policy.sample
+
+    def counted(*asked: Any) -> list[Group]:
+        gc.collect()
+        alive.append(sum(picture() is not None for picture in drawn))
+        groups = sample(*asked)
+        drawn.extend(weakref.ref(t.image) for group in groups for t in group.trajectories if t.image is not None)
+        return groups
+
+    monkeypatch.setattr(policy, "sample", counted)
+    monkeypatch.setattr(suite, "CHUNK", 8)
+    found = evaluate(policy, find_benchmarks(["generate"]), sizes={"generate": 24}, keep=lambda name, prompts: [0, 9])
+    assert [group.prompt for group in found.groups["generate"]] == [held_out_prompts("generate", 24)[i] for i in (0, 9)]
+    assert all(group.trajectories[0].image is not None for group in found.groups["generate"])
+    assert alive[-1] <= 8 + 1  # the last batch, and what is kept of the one before
 
 
 def test_kept_cases_are_what_the_report_reads(policy: Policy) -> None:

@@ -13,27 +13,24 @@ from lvrpo.records import EvaluationRecord, FactCheck, Sample, SampleKey, from_j
 from lvrpo.rewards.success import HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.types import Group
+from lvrpo.types import Group, Prompt
 
 PER_CATEGORY = 3
 WITHOUT_CATEGORY = 12
-"""Groups kept of rows without a category."""
+"""Prompts kept of rows without a category."""
 REPEATED_PROMPTS = ("generate_guided", "understand_sampled", "generate_paraphrased", "understand_paraphrased")
 """Benchmarks that reuse the prompts of others: no samples are kept, as ids would collide."""
 
 
-def first_per_category(name: str, groups: Sequence[Group]) -> list[Group]:
-    """The first few groups of every category, whatever their scores."""
+def first_per_category(name: str, prompts: Sequence[Prompt]) -> list[int]:
+    """Places of the first few prompts of every category, whatever their scores."""
     if name in REPEATED_PROMPTS:
         return []
-    counts: dict[str, int] = {}
-    kept = []
-    for group in groups:
-        category = group.prompt.category
-        counts[category] = counts.get(category, 0) + 1
-        if counts[category] <= (PER_CATEGORY if category else WITHOUT_CATEGORY):
-            kept.append(group)
-    return kept
+    places: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt.category, []).append(i)
+    kept = (own[: PER_CATEGORY if category else WITHOUT_CATEGORY] for category, own in places.items())
+    return sorted(i for own in kept for i in own)
 
 
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -250,16 +250,17 @@ def evaluate(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     sampling: Sampling = SAMPLING,
-    keep: Callable[[str, Sequence[Group]], Sequence[Group]] | None = None,
+    keep: Callable[[str, Sequence[Prompt]], Collection[int]] | None = None,
     progress: Callable[[str, int], None] = lambda name, prompts: None,
     options: EvaluationOptions = EvaluationOptions(sampled_prompts=0),
 ) -> Evaluation:
     """Scores ``policy``; prompts, seeds and noise are the same for every policy, so that differences are paired.
 
-    ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects the outputs to return. The first sample
-    of a prompt does not depend on how many are drawn. Raises InputError where ``options.tuned`` was tuned on one of
-    the prompts, and for a benchmark of a task that the policy cannot do. A policy that draws nothing, or
-    not after a text, is not asked those prompts of a reasoning benchmark that end in a drawing.
+    ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects, by place, the prompts whose outputs are
+    returned, with their pictures, which are dropped of all others. The first sample of a prompt does not depend on how
+    many are drawn. Raises InputError where ``options.tuned`` was tuned on one of the prompts, and for a benchmark of a
+    task that the policy cannot do. A policy that draws nothing, or not after a text, is not asked those prompts of a
+    reasoning benchmark that end in a drawing.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
@@ -281,9 +282,10 @@ def evaluate(
     for benchmark in benchmarks:
         prompts = prompts_of[benchmark.name]
         progress(benchmark.name, len(prompts))
-        items, settings = _benchmark_items(policy, benchmark, prompts, seed, sampling, options, keep is not None)
+        shown = () if keep is None else keep(benchmark.name, prompts)
+        items, settings = _benchmark_items(policy, benchmark, prompts, seed, sampling, options, shown)
         scored[benchmark.name] = _benchmark_record(policy, benchmark, items, settings, options)
-        kept[benchmark.name] = [] if keep is None else keep(benchmark.name, [item.group for item in items])
+        kept[benchmark.name] = [items[i].group for i in shown]
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
@@ -294,7 +296,7 @@ def _benchmark_items(
     seed: int,
     sampling: Sampling,
     options: EvaluationOptions,
-    with_pictures: bool,
+    shown: Collection[int],
 ) -> tuple[list[Item], dict[TaskKind, Sampling]]:
     """The outputs of every prompt with their scores, and how each task was sampled.
 
@@ -319,7 +321,7 @@ def _benchmark_items(
     for (task, count), places in jobs.items():
         size = max(1, at_once // count)
         for batch in (places[start : start + size] for start in range(0, len(places), size)):
-            known = [] if folder is None or with_pictures else [folder.read(prompts[i], count) for i in batch]
+            known = [] if folder is None or shown else [folder.read(prompts[i], count) for i in batch]
             if known and None not in known:
                 found |= {i: item for i, item in zip(batch, known, strict=True) if item is not None}
             else:
@@ -330,7 +332,8 @@ def _benchmark_items(
             items = _scored_items(policy, benchmark, rows, settings[task], seed, count, options)
             if folder is not None:
                 folder.write(items)
-            found |= zip(batch, items if with_pictures else [i.without_images() for i in items], strict=True)
+            items = [each if i in shown else each.without_images() for i, each in zip(batch, items, strict=True)]
+            found |= zip(batch, items, strict=True)
     if store is not None and divided:
         folder = _open_folder(store, benchmark.name, own)
         read = {i: folder.read(prompt, counts[i], failed=True) for i, prompt in enumerate(prompts)}
@@ -339,10 +342,7 @@ def _benchmark_items(
 
 
 def _open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> ItemFolder:
-    """The folder of a benchmark; of several processes rank 0 opens it, and each gets a part of it to write.
-
-    Any: JSON values.
-    """
+    """The folder of a benchmark, opened by rank 0; of several processes each writes a part. Any: JSON values."""
     if world_size() == 1:
         return store.open(name, settings)
     on_main(lambda: bool(store.open(name, settings)))
@@ -429,7 +429,6 @@ def _benchmark_record(
     if not any(map(math.isfinite, means)):
         why = next(filter(None, failures), "there are no prompts")
         raise ContractError(f"{benchmark.name}: no output could be scored: {why}: see that its scorer works")
-    judge = options.judge or policy
     judged = tuple(item.judged for item in items)
     backs = tuple(item.read_back for item in items)
     return BenchmarkRecord(
@@ -447,7 +446,7 @@ def _benchmark_record(
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
-            "judge": judge_fingerprint(judge) if any(judged) else None,
+            "judge": judge_fingerprint(options.judge or policy) if any(judged) else None,
             **benchmark.details,
         },
         metric=benchmark.metric,
