@@ -141,7 +141,7 @@ class BenchmarkRecord:
     answers: tuple[tuple[str, ...], ...] = ()
     """The answers given, of the first ``samples``."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling parameters and judge. Any: JSON values."""
+    """Sampling parameters, judge, and a digest of the prompts. Any: JSON values."""
     metric: Literal["success", "reward"] = "success"
     """success: shares of right outputs; reward: means of the run's own rewards, for which no samples are recorded."""
     held_out: tuple[bool, ...] = ()
@@ -157,6 +157,11 @@ class BenchmarkRecord:
         required = (self.ids, self.categories, self.clusters, self.scores)
         if any(len(each) != len(self.ids) for each in [*required, *filter(None, lists)]):
             raise ValueError("its lists differ in length")
+
+    def has_prompts_of(self, other: BenchmarkRecord) -> bool:
+        """Whether both are of the same prompts; of records of older versions the ids alone are known."""
+        digests = {each.settings["prompts"] for each in (self, other) if "prompts" in each.settings}
+        return self.ids == other.ids and len(digests) <= 1
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON; empty fields are left out."""

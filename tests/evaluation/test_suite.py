@@ -7,6 +7,7 @@ import json
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from lvrpo.evaluation import BENCHMARKS, suite
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.samples import PER_CATEGORY, first_per_category, write_evaluation
 from lvrpo.evaluation.scenes import held_out_prompts
-from lvrpo.evaluation.suite import Evaluation, cluster_of, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import Benchmark, Evaluation, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.records import BenchmarkRecord, EvaluationRecord, from_json
 from lvrpo.registry import allow_code
 from lvrpo.report.run import load_run
+from lvrpo.report.tables import seed_rows
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory, json_text
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
@@ -157,6 +159,27 @@ def test_only_the_same_prompts_are_paired() -> None:
     other = BenchmarkRecord(("b",), ("x",), ("b",), (1.0,))
     with pytest.raises(ContractError, match="different prompts"):
         benchmark_difference(one, other)
+
+
+def test_other_prompts_of_the_same_ids_are_not_paired(policy: Policy) -> None:
+    rows = held_out_prompts("understand", 3)
+    shifted = [replace(rows[i - 1], id=row.id) for i, row in enumerate(rows)]  # a row was put in front of the file
+    one, other = (
+        evaluate(policy, [Benchmark("rows", lambda n, own=own: own, 3)]).scored["rows"] for own in (rows, shifted)
+    )
+    assert one.ids == other.ids
+    with pytest.raises(ContractError, match="different prompts"):
+        benchmark_difference(one, other)
+    older = replace(other, settings={})  # of a version that knows the ids alone
+    assert benchmark_difference(one, older).n == benchmark_difference(one, one).n == 3
+    for run, record in (("one", one), ("two", other)):
+        for phase in ("before", "after"):
+            path = Path(run) / "eval" / f"{phase}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json_text(Evaluation({"rows": record}).as_dict()))
+    assert seed_rows([Path("one")])["rows"][0].before == sum(one.scores) / 3
+    with pytest.raises(InputError, match="two: rows was evaluated on other prompts than in one"):
+        seed_rows([Path("one"), Path("two")])
 
 
 def test_an_evaluation_survives_json(policy: Policy) -> None:

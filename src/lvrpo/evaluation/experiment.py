@@ -349,8 +349,8 @@ class Experiment:
 
 def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
     """Raises InputError where the two evaluations of a run are of different prompts."""
-    ids = [{name: list(scored.ids) for name, scored in each.scored.items()} for each in (before, after)]
-    if ids[0] != ids[1]:
+    one, two = before.scored, after.scored
+    if list(one) != list(two) or not all(two[name].has_prompts_of(record) for name, record in one.items()):
         raise InputError(
             f"{run.path / 'eval'}: before.json and after.json are not of the same prompts: delete both to measure again"
         )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,11 @@ def prompt_digest(prompt: Prompt) -> str:
     for tensor in (*prompt.images, *(() if prompt.edited is None else (prompt.edited,))):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """``prompt_digest`` of a list of prompts."""
+    return hashlib.blake2b("".join(map(prompt_digest, prompts)).encode(), digest_size=8).hexdigest()
 
 
 def file_name(prompt_id: str) -> str:

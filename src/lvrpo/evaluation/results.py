@@ -150,7 +150,7 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
     Each estimate has its interval, p (of categories also ``p_holm``, adjusted for how many there are) and the smallest
     effect that could have been found, ``detectable``. Raises ContractError for records of different prompts.
     """
-    if before.ids != after.ids:
+    if not after.has_prompts_of(before):
         raise ContractError("the two evaluations hold different prompts: evaluate both with one command")
 
     def paired(rows: Sequence[int]) -> Estimate:

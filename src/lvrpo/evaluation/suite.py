@@ -17,7 +17,7 @@ from lvrpo.distributed import on_main, rank, relay_errors, split_between_ranks, 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, PublishedBenchmark
-from lvrpo.evaluation.items import Item, ItemFolder, ItemStore
+from lvrpo.evaluation.items import Item, ItemFolder, ItemStore, prompts_digest
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts
 from lvrpo.policies.base import Policy, Sampling, abilities, can_draw, check_text
@@ -443,6 +443,7 @@ def _benchmark_record(
         **questions(groups),
         held_out=tuple(p.held_out for p in prompts) if any(p.held_out for p in prompts) else (),
         settings={
+            "prompts": prompts_digest(prompts),
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },

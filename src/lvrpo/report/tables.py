@@ -324,7 +324,7 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
     for name in names:
         first = phases[0]["before"][name]
         for run, each in zip(runs, phases, strict=True):
-            if any(records[name].ids != first.ids for records in each.values()):
+            if not all(records[name].has_prompts_of(first) for records in each.values()):
                 raise InputError(
                     f"{run}: {name} was evaluated on other prompts than in {runs[0]}: evaluate both with one command"
                 )
