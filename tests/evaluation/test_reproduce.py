@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import pytest
 from lvrpo.cli import main
 from lvrpo.commands.keys import find_config
 from lvrpo.commands.reproduce import shipped_experiments, write_page
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.reproduce import plan, runner
 from lvrpo.evaluation.reproduce.compute import RunCost
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, list_jobs, load_experiment
 from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
+from lvrpo.evaluation.suite import Evaluation
+from lvrpo.evaluation.tuning import TunedSampling
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.records import from_json
+from lvrpo.records import BenchmarkRecord, from_json
 from lvrpo.report.evidence import Evidence
 from lvrpo.training.base_trainer import Interrupted
 from lvrpo.training.config import TrainConfig
@@ -322,3 +325,22 @@ def test_a_recipe_is_the_same_while_its_values_are(small: Path) -> None:
         made.require_same_recipe("5f3a", config, "one", path)
     with pytest.raises(InputError, match="base: another against"):
         made.require_same_recipe({**found, "base": "another"}, config, "one", path)
+
+
+def test_a_prompt_that_could_not_be_scored_is_never_a_wrong_one_of_a_summary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def evaluated(*successes: tuple[float, ...]) -> dict[str, Any]:
+        ids = tuple(f"p{i}" for i in range(2))
+        record = BenchmarkRecord(ids, ("",) * 2, ids, (1.0, math.nan), successes=successes, settings={"tasks": {}})
+        record = replace(record, failures=("", "HTTP 503"))
+        monkeypatch.setattr(runner, "evaluate", lambda *args, **named: Evaluation({"generate": record}))
+        test = plan.TestConfig(benchmarks=("generate",), sizes={"generate": 2})
+        experiment = load_experiment(shipped_experiments()["scenes"]).model_copy(update={"test": test})
+        tuned = TunedSampling("model", {}, frozenset())
+        return runner.evaluate_on_test(load_policy("tiny"), experiment, tuned, tmp_path, lambda line: None)
+
+    assert evaluated((1.0,), (0.0,))["generate"]["first"] == "80"  # bits 1 and 0
+    for successes, lost in ((((1.0,), (math.nan,)), 1), ((), 2)):
+        with pytest.raises(ContractError, match=rf"test: {lost} of 2 prompts are neither right nor wrong: HTTP 503"):
+            evaluated(*successes)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lvrpo.atomic_io import write_atomic
 from lvrpo.config import config_sha256
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, code_version, list_jobs
 from lvrpo.evaluation.results import BEST_OF
@@ -106,7 +106,17 @@ def _same(plain: Benchmark, prompt: Prompt, sampling: Sampling, tuned: TunedSamp
 
 
 def _to_outcome(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
-    """A record as a summary stores it: the first sample of every prompt, and counts over repeated samples."""
+    """A record as a summary stores it: the first sample of every prompt, and counts over repeated samples.
+
+    Raises ContractError where a first sample is not right or wrong, of which a bit of the summary is made.
+    """
+    lost = sum(not np.isfinite(row[0]) for row in scored.successes)
+    if lost or not scored.successes:
+        why = next(filter(None, scored.failures), "it is scored by rewards")
+        raise ContractError(
+            f"test: {lost or len(scored.ids)} of {len(scored.ids)} prompts are neither right nor wrong: {why}: correct "
+            "the scorer, or leave the benchmark out"
+        )
     sizes = [len(row) for row in scored.successes]
     most = max(sizes)
     often = [most > 1 and size == most for size in sizes]
