@@ -17,7 +17,7 @@ from lvrpo.errors import InputError
 from lvrpo.records import Estimate, Metrics
 from lvrpo.report import Tile, compare_runs, formatting, image_grid
 from lvrpo.report.charts import nice_ticks, reward_charts
-from lvrpo.report.formatting import change
+from lvrpo.report.formatting import change, interval
 from lvrpo.report.tables import TextTable
 
 MakeRun = Callable[..., Path]
@@ -72,6 +72,14 @@ def test_duration(seconds: float, text: str) -> None:
 def test_a_change_in_words_never_hides_its_sign(estimate: Estimate, direction: str, text: str) -> None:
     assert estimate.direction == direction
     assert change(estimate) == text
+
+
+def test_an_interval_of_a_difference_hides_no_sign_either() -> None:
+    risen = Estimate(0.02, 0.003, 0.04)
+    assert interval(risen, signed=True) == "+.020 [+.003, +.040]"
+    assert interval(Estimate(-0.001, -0.004, 0.002, detectable=0.06), signed=True) == "−.001 [−.004, +.002] ≥ .060"
+    assert interval(risen) == ".02 [.00, .04]"  # a share has no sign
+    assert interval(Estimate(0.0, -0.1, 0.1), signed=True) == ".00 [−.10, +.10]"
 
 
 def test_nice_ticks() -> None:

@@ -32,7 +32,8 @@ def share(value: object, signed: bool = False) -> str:
 def interval(found: object, digits: int = 2, signed: bool = False) -> str:
     """``.42 [.38, .46]`` of an interval, an estimate or a result in JSON; a dash for none, ends only where known.
 
-    A difference whose smallest detectable effect is known ends in ``≥ .05``.
+    A difference (``signed``) has a third digit where two would hide a sign; one whose smallest detectable effect is
+    known ends in ``≥ .05``.
     """
     value, low, high, detectable = (
         number(found.get(name) if isinstance(found, Mapping) else getattr(found, name, None))  # of three types
@@ -40,6 +41,8 @@ def interval(found: object, digits: int = 2, signed: bool = False) -> str:
     )
     if value is None:
         return NONE
+    if signed:
+        digits = max(digits, decimals(value, low, high))
     ends = "" if low is None or high is None else f" [{score(low, digits, signed)}, {score(high, digits, signed)}]"
     return score(value, digits, signed) + ends + ("" if detectable is None else f" ≥ {score(detectable, digits)}")
 
