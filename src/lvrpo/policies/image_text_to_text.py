@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.weak import TensorWeakRef
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
@@ -57,14 +58,26 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_
 class ReadPrompt:
     """A prompt as the processor made it."""
 
-    parts: Parts
-    """Held, so that the identity of its pictures stays theirs."""
+    given: tuple[str | TensorWeakRef, ...]
+    """Its parts; pictures are not kept alive."""
     ids: torch.Tensor
     """int64 (L,)."""
     kinds: Mapping[str, torch.Tensor]
     """int64 (L,) by name of an input: the kind of each token."""
     pictures: Mapping[str, torch.Tensor]
     """Inputs of the vision encoder by name."""
+
+    @property
+    def parts(self) -> Parts:
+        """Texts and pictures, for as long as somebody holds these."""
+        found = [part if isinstance(part, str) else part() for part in self.given]
+        return tuple(part for part in found if part is not None)
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        tensors = (self.ids, *self.kinds.values(), *self.pictures.values())
+        return sum(len(part) for part in self.given if isinstance(part, str)) + sum(each.nbytes for each in tensors)
 
 
 _reading = threading.Lock()
@@ -82,15 +95,20 @@ class Chat(StoredFiles):
             {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         )
         self._kept: OrderedDict[Hashable, ReadPrompt] = OrderedDict()
+        self._bytes = 0
 
     def read(self, parts: Parts) -> ReadPrompt:
         """A user's message and the start of the answer, by the chat template."""
         key = tuple(part if isinstance(part, str) else id(part) for part in parts)
         with _reading:
-            found = self._kept.pop(key, None) or self._read(parts)
+            found = self._kept.pop(key, None)
+            if found is None or len(found.parts) < len(parts):  # another picture has the identity of one that is gone
+                self._bytes -= 0 if found is None else found.bytes
+                found = self._read(parts)
+                self._bytes += found.bytes
             self._kept[key] = found
-            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            while len(self._kept) > 1 and self._bytes > KEPT_BYTES:
+                self._bytes -= self._kept.popitem(last=False)[1].bytes
         return found
 
     def _read(self, parts: Parts) -> ReadPrompt:
@@ -101,7 +119,8 @@ class Chat(StoredFiles):
         for name, value in made.items():
             if value.shape[:2] == ids.shape:
                 raise InputError(f"{self.folder}: its processor gives {name} for every token: this is not supported")
-        return ReadPrompt(tuple(parts), ids[0], kinds, made)
+        given = tuple(part if isinstance(part, str) else TensorWeakRef(part) for part in parts)
+        return ReadPrompt(given, ids[0], kinds, made)
 
     def answer(self, parts: Parts, text: str) -> list[int]:
         """Ids of a text that answers a prompt, set apart as the chat template does, without the end token."""
@@ -451,10 +470,6 @@ def _places(prompts: Sequence[ReadPrompt]) -> list[int]:
     """Maps each item to its index among the distinct prompts."""
     order = {key: i for i, key in enumerate(dict.fromkeys(map(id, prompts)))}
     return [order[id(prompt)] for prompt in prompts]
-
-
-def _size(prompt: ReadPrompt) -> int:
-    return sum(value.nbytes for value in prompt.pictures.values())
 
 
 def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:

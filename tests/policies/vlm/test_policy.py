@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from small_vlm import change_json
 
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
-from lvrpo.policies import transformers_policy
+from lvrpo.policies import image_text_to_text, transformers_policy
 from lvrpo.policies.adapter import AdapterConfig, Modules, add_adapter, merge
 from lvrpo.policies.base import RolloutPolicy, Sampling, SavedPolicy
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy
@@ -321,6 +322,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_bad_folder_is_one_line(folder: Path, name: str, prompts: list[Prompt]) -> None:
     require_refused(folder, *DAMAGES[name], lambda bad: load_policy(bad).sample(prompts[:1], BASE, [0]))
+
+
+@pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
+def test_a_prompt_is_read_once_without_keeping_its_picture_or_every_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ImageTextToTextPolicy.load(folder).chat
+    picture = torch.rand(3, 40, 40)
+    gone, found = weakref.ref(picture), chat.read((picture, "what color is it"))
+    assert chat.read((picture, "what color is it")) is found
+    del picture
+    assert gone() is None
+    again = [torch.rand(3, 40, 40) for _ in range(20)]  # one of them may get the identity of the first
+    read = [chat.read((picture, "what color is it")).pictures["pixel_values"] for picture in again]
+    assert len({float(pixels.sum()) for pixels in (*read, found.pictures["pixel_values"])}) == 21
+    monkeypatch.setattr(image_text_to_text, "KEPT_BYTES", 2_000_000)
+    texts = [weakref.ref(chat.read(("yes " * 50_000, str(i)))) for i in range(4)]
+    assert [prompt() is not None for prompt in texts] == [False, False, False, True]
 
 
 def test_equal_answers_are_scored_once_and_lengths_are_not_mixed(
