@@ -229,7 +229,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
         self.end_id = next(token for token in ends if token in self.end_ids)
         self.shares_prompts = not model._is_stateful
         allowed = torch.ones(config.get_text_config().vocab_size, dtype=torch.bool)
-        allowed[[i for name in PLACEHOLDERS if isinstance(i := getattr(config, name, None), int)]] = False
+        placeholders = (getattr(config, name, None) for name in PLACEHOLDERS)
+        allowed[[i for i in placeholders if isinstance(i, int) and 0 <= i < len(allowed)]] = False
         self.register_buffer("allowed", allowed, persistent=False)
 
     allowed: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -322,6 +323,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_bad_folder_is_one_line(folder: Path, name: str, prompts: list[Prompt]) -> None:
     require_refused(folder, *DAMAGES[name], lambda bad: load_policy(bad).sample(prompts[:1], BASE, [0]))
+
+
+@pytest.mark.parametrize("folder", ["qwen2_5_vl"], indirect=True)
+def test_a_placeholder_outside_the_vocabulary_forbids_no_token(folder: Path, vlm: ImageTextToTextPolicy) -> None:
+    shutil.copytree(folder, "other")
+    change_json(Path("other/config.json"), video_token_id=5000)
+    allowed = ImageTextToTextPolicy.load(Path("other")).allowed
+    assert (~allowed).nonzero().flatten().tolist() == [vlm.model.config.image_token_id]
 
 
 @pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
