@@ -22,7 +22,7 @@ from lvrpo.policies.magvit.checkpoint import AUTOENCODER
 from lvrpo.policies.showo.checkpoint import LANGUAGE
 from lvrpo.policies.showo.create import ShowoSizes, create_showo
 from lvrpo.policies.showo.policy import ShowoPolicy
-from lvrpo.types import MaskedSegment, Prompt, TextSegment, Trajectory
+from lvrpo.types import Example, MaskedSegment, Prompt, TextSegment, Trajectory
 
 BASE = Sampling(group_size=2, max_new_tokens=6, num_steps=4, guidance_scale=3.0, choice_temperature=1.0)
 
@@ -215,6 +215,19 @@ REFUSED: list[tuple[Prompt, Sampling, str]] = [
 def test_what_it_cannot_do_is_one_line(showo: ShowoPolicy, prompt: Prompt, sampling: Sampling, words: str) -> None:
     with refused(words):
         showo.sample([prompt], sampling, [0])
+
+
+def test_examples_and_contexts_of_a_judge_are_whole_or_refused(showo: ShowoPolicy) -> None:
+    """Not only prompts of a rollout: a picture or a text without a place in the row was left out or misplaced."""
+    with refused("2 pictures: a Show-o reads one"):
+        showo.text_logprob([(PICTURE, PICTURE, "what")], ["red"])
+    with refused("2000 tokens, the limit is 126"):
+        showo.image_logprob([("x" * 2000,)], [PICTURE], 1, [0])
+    read = Example(Prompt("two", "understand", (PICTURE, PICTURE, "what"), ("text",)), ("red",))
+    edit = Example(Prompt("e", "generate", (PICTURE, "make it red"), ("image",)), (PICTURE,))
+    for example, words in ((read, "2 pictures: a Show-o reads one"), (edit, "draws from text alone")):
+        with refused(words):
+            showo.supervised_losses([example], torch.Generator())
 
 
 # --- files ---

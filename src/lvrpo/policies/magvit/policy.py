@@ -139,10 +139,8 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     def _check(self, prompt: Prompt, sampling: Sampling) -> None:
         named = f"prompt {prompt.id!r}"
-        pictures = sum(isinstance(part, torch.Tensor) for part in prompt.parts)
         require_drawn_from_text(prompt, self.kind)
-        if pictures > 1:
-            raise InputError(f"{named}: {pictures} pictures: {self.kind} reads one: give one")
+        self._require_one_picture(named, prompt.parts)
         side = self.drawn_side
         if "image" in prompt.output and sampling.image_size not in (None, (side, side)):
             raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
@@ -157,6 +155,11 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
             if length + new > limit:
                 after = f" and {new} after them (max_new_tokens)" if new else ""
                 raise InputError(f"{named}: {length} tokens{after}, the limit is {limit}: shorten it")
+
+    def _require_one_picture(self, named: str, parts: Parts) -> None:
+        pictures = sum(isinstance(part, torch.Tensor) for part in parts)
+        if pictures > 1:
+            raise InputError(f"{named}: {pictures} pictures: {self.kind} reads one: give one")
 
     # --- tokens ---
 
@@ -196,18 +199,25 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
         """The row before an answer; see ``segment_context`` for that before a drawing."""
-        codes = [self.encode_image(part) for part in parts if isinstance(part, torch.Tensor)]
-        return self.layout.question(codes[0] if codes else None, _text(parts))
+        self._require_one_picture(f"{_text(parts)[:40]!r}", parts)
+        pictures = [part for part in parts if isinstance(part, torch.Tensor)]
+        return self.layout.question(self.encode_image(pictures[0]) if pictures else None, _text(parts))
 
     def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
-        """The row before an answer or a plan, or before the image tokens of a drawing: the prompt, then its plan."""
+        """The row before an answer or a plan, or before the image tokens of a drawing: the prompt, then its plan.
+
+        Raises InputError for a picture or a text that has no place in it.
+        """
         if kind == "text":
             first = {"reason": THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER}.get(prompt.task)
             return self.context_ids((*([first] if first else []), *prompt.parts))
+        require_drawn_from_text(prompt, self.kind)
         text = self.layout.encode(_text(prompt.parts))
         for segment in segments:
             assert isinstance(segment, TextSegment)
             text += segment.tokens[: -1 if segment.ended else None].tolist()
+        if len(text) > self.caption_limit:
+            raise InputError(f"prompt {prompt.id!r}: {len(text)} tokens, the limit is {self.caption_limit}: shorten it")
         return self.layout.caption(text)
 
     # --- the transformer ---
