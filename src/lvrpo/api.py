@@ -31,7 +31,7 @@ from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, Split, TaskKind
 
 RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
-"""A name, a row of the configuration, a reward, or a function that returns a number."""
+"""A name, a reward, a function that returns a number, or a row of the configuration with one of them as its name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def train(
     ``config``: a configuration, a YAML file or a built-in name, changed by ``overrides`` (``section.key=value``).
     ``prompts``: the training prompts, instead of those of the configuration; validation scores ``validation``, and
     ``test`` is measured before and after. ``rewards``: the rewards, instead of those of the configuration, each a name,
-    a dict like a row of the configuration, a function or a ``Reward``. ``success``: a function that says whether an
+    a function, a ``Reward``, or a dict like a row of the configuration, whose ``name`` may also be a function or a
+    ``Reward``: ``{"name": brightness, "weight": 2}``. ``success``: a function that says whether an
     output of these prompts is right, with the parameters of a reward function. ``out``: the run directory (default:
     runs/NAME, with a number if that exists). Raises InputError before anything is written.
     """
@@ -160,21 +161,28 @@ def _split_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | No
             rows.append({"name": entry})
         elif isinstance(entry, RewardConfig):
             rows.append(entry.model_dump())
-        elif isinstance(entry, Mapping):
+        elif isinstance(entry, Mapping) and isinstance(entry.get("name"), str | None):
             rows.append(dict(entry))
         else:
-            title, reward = _build_reward(entry)
-            rows.append({"name": f"{IN_PYTHON}:{title}", "label": title})
+            row: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {"name": entry}
+            title, reward = _build_reward(row["name"], row.get("options") or {})
+            title = row.get("label") or title
+            rows.append({**row, "name": f"{IN_PYTHON}:{title}", "label": title})
             given[title] = reward
     return rows, given
 
 
-def _build_reward(entry: Any) -> tuple[str, Reward]:
+def _build_reward(entry: Any, options: Mapping[str, Any]) -> tuple[str, Reward]:
     """The name of a function or reward, and the reward. Any: an object of the caller."""
     title = getattr(entry, "__name__", type(entry).__name__)
     reward = as_reward(entry)
     if isinstance(reward, type) or hasattr(reward, "makes"):
-        reward = reward()
+        try:
+            reward = reward(**options)
+        except TypeError as error:
+            raise InputError(f"rewards: {title!r}: options: {error}") from None
+    elif options:
+        raise InputError(f"rewards: {title!r}: options: it is made already: leave them out")
     for method in ("applies", "score"):
         if not callable(getattr(reward, method, None)):  # an object of any class
             raise InputError(f"rewards: {title!r} has no method {method!r}: give a function, a name or a Reward")

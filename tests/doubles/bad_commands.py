@@ -140,7 +140,7 @@ CONFIGURATION: list[Case] = [
     (train("rollout.guidance_scale=2", "rollout.guidance_renorm=global"), 2, "guided by rollout.guidance_scale alone"),
     (train("rollout.image_guidance_scale=2"), 2, "has no effect while rollout.guidance_scale=1"),
     (train("rollout.group_size=1"), 2, "rollout.group_size=1: must be >= 2"),
-    (train("flow.top_bottom_k=3"), 2, "best and worst must fit into rollout.group_size=4"),
+    (train("flow.top_bottom_k=3"), 2, "must fit into rollout.group_size=4: set it to 2 or less"),
     (train("flow.ratio=guard"), 2, "flow.ratio: applies to flow.kind=flow_grpo or mix_grpo or dance_grpo, not to nft"),
     (train("flow.kl=gaussian"), 2, "flow.kl: applies to flow.kind=flow_grpo or mix_grpo or dance_grpo, not to nft"),
     (train("flow.keep=1"), 2, "flow.keep=1: is called flow.top_bottom_k"),

@@ -282,10 +282,30 @@ def test_a_list_of_prompts_keeps_the_rule_of_its_configuration() -> None:
     kept = RunDirectory.read(done.run).config(TrainConfig).data.success
     assert kept is not None
     assert kept.name.endswith("red.py:is_red")
-    config, given = load_config(TrainConfig, Path("own.yaml"), plain), [lambda image: float(image.mean())]
+
+    def bright(image: torch.Tensor, target: float = 0.5) -> float:
+        return -abs(float(image.mean()) - target)
+
+    low = {"name": bright, "label": "low", "weight": 2.0, "options": {"target": -10.0}}
+    rewards: list[Any] = [bright, low, {"name": bright, "label": "high", "options": {"target": 10.0}}]
+    for wrong, said in (
+        ([bright, bright], "two entries are called 'bright': give one a label of its own"),
+        (
+            [{"name": bright, "options": {"tagret": 1}}],
+            "'bright': options: got an unexpected .* 'tagret'",
+        ),
+        ([{"name": lvrpo.reward(bright)(), "options": {"target": 1}}], "it is made already: leave them out"),
+        ([{"weight": 2.0}], r"rewards\.0\.name: is missing"),
+    ):
+        with pytest.raises(InputError, match=said):
+            lvrpo.train(config, prompts=rows, rewards=wrong, progress=False)
+    config, given = load_config(TrainConfig, Path("own.yaml"), plain), rewards
     done = lvrpo.train(
         config, prompts=rows, validation=rows, rewards=given, success=lambda image: True, out="d", progress=False
     )
     recorded = RunDirectory.read(done.run).config(TrainConfig)
+    assert [(r.title, r.weight) for r in recorded.rewards] == [("bright", 1.0), ("low", 2.0), ("high", 1.0)]
+    first = next(row for row in RunDirectory.read(done.run).metrics() if "reward/generate/low" in row)
+    assert first["reward/generate/low"] + first["reward/generate/high"] == pytest.approx(-20)
     with pytest.raises(InputError, match=r"data.success.name=python:<lambda>: was handed over in Python, and only its"):
         success_metric(recorded, None)

@@ -494,7 +494,7 @@ class TrainConfig(Config):
         if isinstance(flow, ContrastConfig) and 2 * flow.top_bottom_k > rollout.group_size:
             raise ValueError(
                 f"flow.top_bottom_k={flow.top_bottom_k}: best and worst must fit into "
-                f"rollout.group_size={rollout.group_size}"
+                f"rollout.group_size={rollout.group_size}: set it to {rollout.group_size // 2} or less"
             )
         if flow.kind == "best_of" and flow.top_k >= rollout.group_size:
             raise ValueError(f"flow.top_k={flow.top_k}: the best of rollout.group_size={rollout.group_size} are fewer")
