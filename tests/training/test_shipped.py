@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lvrpo.config import load_config, shipped_configs
+from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
@@ -24,6 +25,15 @@ SUPERVISED = (
 tests/policies/test_runs.py."""
 TOKENS = {"quickstart_token": "tiny-token", "quickstart_masked": "tiny-masked"}
 """Alignments of policies of image tokens, with their policy."""
+
+
+def test_a_recipe_that_asks_for_no_drawing_is_not_held_to_the_section_of_flows() -> None:
+    config = load_config(TrainConfig, shipped_configs()["qwen3_vl_2b"], ["rollout.group_size=2"])
+    config.require_policy_fit(("text",))
+    with pytest.raises(InputError, match=r"flow\.top_bottom_k=2: best and worst must fit into rollout\.group_size=2"):
+        config.require_policy_fit(("text", "flow"))
+    with pytest.raises(InputError, match=r"flow\.top_bottom_k=2"):
+        load_config(TrainConfig, shipped_configs()["quickstart"], ["rollout.group_size=2"])
 
 
 @pytest.mark.parametrize(

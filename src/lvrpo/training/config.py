@@ -270,7 +270,10 @@ class TrainConfig(Config):
             check()
         if self.tokens is not None or self.masked is not None:
             self._check_guided_logprobs()
-        by_flow = self.flow != NFTConfig() or self.rollout.guided_logprobs == "joint"  # else its section may be missing
+        draws = self.data.prompts_per_step.get("generate") or self.data.prompts_per_step.get("edit")
+        by_flow = self.flow != NFTConfig() or (
+            draws and self.rollout.guided_logprobs == "joint"
+        )  # else it may not draw
         if by_flow and self.tokens is None and self.masked is None:
             self._check_kinds(("text", "flow"))  # otherwise require_policy_fit checks them with the policy
         return self
