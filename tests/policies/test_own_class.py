@@ -12,6 +12,7 @@ import pytest
 import torch
 from discrete_policy import DiscretePolicy
 
+from lvrpo.cli import main
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Judge, Policy, RolloutPolicy, SavedPolicy, check_text
 from lvrpo.policies.loading import load_policy
@@ -27,7 +28,9 @@ def consent() -> Iterator[None]:
         yield
 
 
-def test_the_class_of_the_guide_is_a_policy(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_class_of_the_guide_is_a_policy(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (root / "docs/guides/your_model.md").read_text()
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package/policy.py").write_text(page.split("```python\n")[1].split("```")[0])
@@ -44,6 +47,9 @@ def test_the_class_of_the_guide_is_a_policy(root: Path, tmp_path: Path, monkeypa
         Prompt("u", "understand", (white, "draw"), ("text",)),
         Prompt("r", "reason", ("draw black",), ("text", "image")),
     ]
+    drawing = ["generate", str(tmp_path / "model"), "--out", str(tmp_path / "drawn"), "--allow-code=my_package"]
+    assert main([*drawing, "--prompt", "draw blue"]) == 2
+    assert "'blue': not among the words of this model: use draw, black, white" in capsys.readouterr().err
     for scale in (1.0, 3.0):
         sampling = replace(policy.default_sampling("generate"), group_size=2, guidance_scale=scale)
         trajectories = [t for group in policy.sample(prompts, sampling, [1, 2, 3]) for t in group.trajectories]
