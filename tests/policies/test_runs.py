@@ -242,6 +242,19 @@ def test_what_a_run_cannot_do_is_one_line(name: str, family: Family, folder: Pat
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("name", ["janus", "showo", "showo2"])
+def test_a_row_that_is_too_long_is_found_before_the_run(name: str, family: Family, folder: Path) -> None:
+    rows = [{"task": "generate", "prompt": "red " * n} for n in (1, 1, 5000)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("held.jsonl").write_text(json.dumps({"task": "generate", "prompt": "blue"}))
+    files = "jsonl: {train: rows.jsonl, validation: held.jsonl}"
+    data = f"data={{source: jsonl, {files}, prompts_per_step: {{generate: 1, understand: 0, reason: 0}}}}"
+    config = config_of(family, folder, data, "rewards=[{name: 'spread:Spread'}]")
+    with pytest.raises(InputError, match=r"^prompt 'rows:3': .* tokens.*, the limit is \d+: shorten it"):
+        Trainer.start(config, Path("run"))
+    assert not Path("run").exists()
+
+
 DRAW = ("generate", "--out", "drawn", "--prompt", "a red circle")
 THINKS = (*DRAW, "--think", "--max-new-tokens", "4")
 ASK = ("ask", "--image", "p.png", "what is it?", "--max-new-tokens", "4")

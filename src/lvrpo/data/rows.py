@@ -399,6 +399,10 @@ class RowPrompts(Task):
         """The first rows of a task in order, with their targets where they have some."""
         return [self._example(self._lines[number]) for number in self._by_task[task][:n]]
 
+    def of_text_alone(self) -> Iterator[Prompt]:
+        """The rows without pictures, in order."""
+        return (self._prompt(line) for line in self._all() if not line.images)
+
     def require_readable(self, check: Callable[[str], None], everything: bool = False) -> None:
         """Raises InputError, with file and line, where ``check`` refuses a text that the model reads.
 

@@ -133,6 +133,9 @@ class PolicyDefaults(nn.Module, ABC):
     def check_text(self, text: str) -> None:
         """Accepts every text."""
 
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises InputError for a prompt that ``sample`` would refuse, such as one that is too long; accepts all."""
+
     def check_sampling(self, sampling: Sampling) -> None:
         """Accepts all settings."""
 

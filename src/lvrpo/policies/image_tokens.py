@@ -157,6 +157,10 @@ class ImageTokenPolicy(TransformersPolicy):
         """Raises InputError for a size that it cannot draw."""
         self.drawn_size(sampling)
 
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """See ``PolicyDefaults.check_prompt``."""
+        self._check(prompt, sampling, self.drawn_size(sampling))
+
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """Each member's row holds the prompt by itself; under guidance a drawing has two rows."""
         row, scored = self._scored_row(trajectory, SEGMENT_KINDS)

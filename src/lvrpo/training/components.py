@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -78,6 +78,18 @@ class Components:
         for rows in (self.source, self.validation, self.test):
             if isinstance(rows, RowPrompts | PromptList):
                 rows.require_readable(partial(check_text, policy), everything=uses_judge)
+
+    def require_possible(self, policy: Policy, config: TrainConfig) -> None:
+        """Raises InputError for a row of text alone that the policy would refuse to sample, as it is too long.
+
+        Rows with pictures are checked when they are sampled, so that a start need not decode all pictures.
+        """
+        check = getattr(policy, "check_prompt", None)  # optional
+        for rows in (self.source, self.validation, self.test):
+            if check is not None and isinstance(rows, RowPrompts | PromptList):
+                for prompt in rows.of_text_alone():
+                    if config.data.prompts_per_step.get(prompt.task):
+                        check(prompt, config.sampling(0))
 
     def test_prompts(self) -> list[Prompt]:
         """All test rows of a file or list; the first ``TEST_PROMPTS_PER_TASK`` per task of another source."""
@@ -362,6 +374,10 @@ class PromptList(Task):
     def in_order(self) -> list[Prompt]:
         """The list."""
         return list(self._prompts)
+
+    def of_text_alone(self) -> Iterator[Prompt]:
+        """See ``RowPrompts.of_text_alone``."""
+        return (prompt for prompt in self._prompts if not prompt.images)
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
         """See ``RowPrompts.require_readable``; errors name the id instead of file and line."""

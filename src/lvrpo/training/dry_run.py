@@ -63,6 +63,7 @@ def dry_run(config: TrainConfig, components: Components) -> DryRun:
     require_judge(config, components)
     policy, base = open_policy(config)
     components.require_readable(policy)
+    components.require_possible(policy, config)
     state = TrainState.start(policy, config)
     with _engine(config, policy, base) as engine:
         return _dry_run(config, components, state, engine)

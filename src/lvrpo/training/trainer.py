@@ -109,6 +109,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             require_enough_memory(config, components)
             policy, base = open_policy(config)
             components.require_readable(policy)
+            components.require_possible(policy, config)
         run = RunDirectory.create(folder, config)
         try:
             for name, content in files.items():

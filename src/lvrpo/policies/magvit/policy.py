@@ -134,10 +134,11 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``; raises InputError for what the model cannot do."""
         for prompt in prompts:
-            self._check(prompt, sampling)
+            self.check_prompt(prompt, sampling)
         return super().sample(prompts, sampling, seeds)
 
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
         require_drawn_from_text(prompt, self.kind)
         self._require_one_picture(named, prompt.parts)

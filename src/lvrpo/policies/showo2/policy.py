@@ -141,7 +141,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``. Raises InputError for what a Show-o2 cannot do."""
         for prompt in prompts:
-            self._check(prompt, sampling)
+            self.check_prompt(prompt, sampling)
         pairs = list(zip(prompts, seeds, strict=True))
         with self.autocast():
             drawn = self.draw([pair for pair in pairs if pair[0].output == ("image",)], sampling)
@@ -150,7 +150,8 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         made = {"image": iter(drawn), "text": iter(scored)}
         return [Group(prompt, tuple(islice(made[prompt.output[0]], sampling.group_size))) for prompt in prompts]
 
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
         pictures = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
         for part in prompt.parts:
