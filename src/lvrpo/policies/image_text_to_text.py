@@ -226,7 +226,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         if None in self.end_ids:
             raise InputError(f"{chat.folder}: names no end token: give generation_config.json its eos_token_id")
         ends = chat.end_of_answer(), chat.tokenizer.eos_token_id, min(self.end_ids)
-        self.end_id = next(token for token in ends if token in self.end_ids)
+        self.end_id: int = next(token for token in ends if token is not None and token in self.end_ids)
         self.shares_prompts = not model._is_stateful
         allowed = torch.ones(config.get_text_config().vocab_size, dtype=torch.bool)
         placeholders = (getattr(config, name, None) for name in PLACEHOLDERS)

@@ -107,10 +107,10 @@ def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
             )
 
 
-def _image_tokens(processor: Any) -> set[object]:
+def _image_tokens(processor: Any) -> set[Any]:
     """Ids that may stand for features of a picture. A Gemma 3 or a Llama 4 writes one token and puts others there.
 
-    Any: of an optional package; not all processors have these names.
+    Any: ids, and a processor of an optional package; not all have these names.
     """
     tokenizer, patch = processor.tokenizer, getattr(processor, "img_patch_token", None)
     own = {getattr(processor, "image_token_id", None), getattr(tokenizer, "image_token_id", None)}

@@ -84,12 +84,12 @@ class Components:
 
         Rows with pictures are checked when they are sampled, so that a start need not decode all pictures.
         """
-        check = getattr(policy, "check_prompt", None)  # optional
+        check, sampling = getattr(policy, "check_prompt", None), config.sampling(0)  # the method is optional
         for rows in (self.source, self.validation, self.test):
             if check is not None and isinstance(rows, RowPrompts | PromptList):
                 for prompt in rows.of_text_alone():
                     if config.data.prompts_per_step.get(prompt.task):
-                        check(prompt, config.sampling(0))
+                        check(prompt, sampling)
 
     def test_prompts(self) -> list[Prompt]:
         """All test rows of a file or list; the first ``TEST_PROMPTS_PER_TASK`` per task of another source."""

@@ -270,10 +270,8 @@ class TrainConfig(Config):
             check()
         if self.tokens is not None or self.masked is not None:
             self._check_guided_logprobs()
-        draws = self.data.prompts_per_step.get("generate") or self.data.prompts_per_step.get("edit")
-        by_flow = self.flow != NFTConfig() or (
-            draws and self.rollout.guided_logprobs == "joint"
-        )  # else it may not draw
+        draws = any(self.data.prompts_per_step.get(task) for task in ("generate", "edit"))
+        by_flow = self.flow != NFTConfig() or (draws and self.rollout.guided_logprobs == "joint")
         if by_flow and self.tokens is None and self.masked is None:
             self._check_kinds(("text", "flow"))  # otherwise require_policy_fit checks them with the policy
         return self
@@ -424,9 +422,7 @@ class TrainConfig(Config):
             raise ValueError(f"rollout.noise_level={rollout.noise_level}: must be at most 1 for the sampler cps")
         after = rollout.window.steps_after
         if after is not None and rollout.sampler == "ode":
-            raise ValueError(
-                f"rollout.window.steps_after={after}: has no effect with rollout.sampler=ode: leave it out"
-            )
+            raise ValueError(f"rollout.window.steps_after={after}: rollout.sampler=ode does not use it: leave it out")
         if after is not None and after >= rollout.num_steps:
             raise ValueError(
                 f"rollout.window.steps_after={after}: must be less than rollout.num_steps={rollout.num_steps}"
