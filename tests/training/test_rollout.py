@@ -211,7 +211,7 @@ def test_a_pool_with_on_policy_sampling_repeats_prompts_but_not_outputs() -> Non
         ({"flow": {"kl": "gaussian"}}, "flow.nft.kl"),
         ({"flow": {"kind": "best_of", "top_k": 8}}, "flow.top_k=8: the best of rollout.group_size=8 are fewer"),
         ({"rollout": {"guidance_interval": [0.9, 0.1]}}, "must be .low, high. with 0 <= low < high <= 1"),
-        ({"rollout": {"window": {"steps_after": 3}}}, "steps_after=3: has no effect with rollout.sampler=ode"),
+        ({"rollout": {"window": {"steps_after": 3}}}, "steps_after=3: rollout.sampler=ode does not use it"),
         (
             {"rollout": {"sampler": "cps", "window": {"steps_after": 8}}, "flow": {"kind": "flow_grpo"}},
             "steps_after=8: must be less than rollout.num_steps=8",
