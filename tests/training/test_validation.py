@@ -92,6 +92,20 @@ def test_a_task_that_falls_is_named_though_the_mean_rises(validator: Validator) 
     assert (state.best_step, state.best_scores) == (0, scores)
 
 
+def test_a_task_that_is_lost_in_steps_within_noise_is_compared_with_the_initial_weights(validator: Validator) -> None:
+    """Each fall is within noise of the best weights so far, which move with it, and the other task makes up for it."""
+    state = ValidationState()
+    validator.validate(right(12, 0), state, 0)
+    initial = dict(state.best_scores)
+    for step, (understand, reason) in enumerate([(9, 3), (6, 6)], 1):
+        assert validator.validate(right(understand, reason), state, step).verdict == "best"
+    report = validator.validate(right(3, 9), state, 3)
+    assert (report.verdict, report.regressed) == ("regressed", ("understand",))
+    assert state.initial_scores == initial
+    state.initial_scores = {}  # of a checkpoint of an older version
+    assert validator.validate(right(3, 9), state, 3).verdict == "best"
+
+
 def test_scores_are_paired_prompt_by_prompt(validator: Validator) -> None:
     """The same means fall or not by whether the same prompts stay right."""
     nested, state = ValidationState(), ValidationState()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lvrpo.distributed import (
@@ -41,6 +42,7 @@ class ValidationRecord(Record):
 
     best_step: int
     best_scores: dict[str, list[float]]
+    initial_scores: dict[str, list[float]] = Field(default_factory=dict)
     top: float
     rollbacks: int
     lr_scale: float
@@ -63,6 +65,8 @@ class ValidationState:
     best_step: int = 0
     best_scores: dict[TaskKind, list[float]] = field(default_factory=dict)
     """Per task, the score of every held-out prompt under the best weights."""
+    initial_scores: dict[TaskKind, list[float]] = field(default_factory=dict)
+    """The same of the initial weights; empty in checkpoints of older versions."""
     top: float = 0.0
     """The highest mean over tasks of any best weights so far."""
     rollbacks: int = 0

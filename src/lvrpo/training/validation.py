@@ -53,7 +53,7 @@ class ValidationReport:
     means: Mapping[TaskKind, float]
     verdict: Verdict
     regressed: tuple[TaskKind, ...]
-    """Tasks whose paired difference to the best weights is significantly below 0."""
+    """Tasks whose paired difference to the best or the initial weights is significantly below 0."""
     scores: Mapping[TaskKind, Sequence[float]] = field(default_factory=dict)
     """Scores of all held-out prompts, in order."""
     entropies: Mapping[str, float] = field(default_factory=dict)
@@ -127,7 +127,10 @@ class Validator:
         return out
 
     def validate(self, policies: Policies, state: ValidationState, step: int) -> ValidationReport:
-        """Scores the EMA weights; updates the best step unless a task regressed or the mean is worse beyond noise."""
+        """Scores the EMA weights; updates the best step unless a task regressed or the mean is worse beyond noise.
+
+        A task is compared with the initial weights too: in steps within noise the best weights can lose it altogether.
+        """
         outputs = self._sample(policies)
         report = self._compare(self._scores(outputs, policies), state, step)
         groups = [group for row in outputs.values() for group in row]
@@ -141,9 +144,11 @@ class Validator:
             return ValidationReport(means, "no_data", ())
         if not state.best_scores:
             state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
+            state.initial_scores = scores
             return ValidationReport(means, "best", (), scores)
+        anchors = [state.best_scores, state.initial_scores or state.best_scores]
         regressed: tuple[TaskKind, ...] = tuple(
-            task for task in self.prompts if has_regressed(scores[task], state.best_scores[task])
+            task for task in self.prompts if any(has_regressed(scores[task], before[task]) for before in anchors)
         )
         if regressed:
             return ValidationReport(means, "regressed", regressed, scores)
