@@ -63,6 +63,10 @@ class Root:
     around: Callable[[Tree], Tree] = lambda tree: tree
     """The whole file."""
 
+    def can_hold(self, value: Any) -> bool:
+        """Whether the file can hold a value: every key of JSON is a text."""
+        return self.file == "case.yaml" or not isinstance(value, dict) or all(isinstance(key, str) for key in value)
+
     def refuses(self, wrong: Wrong) -> str | None:
         """None, or how the command takes the case."""
         tree = self.around(placed(wrong, self.base))
@@ -151,7 +155,8 @@ def test_every_field_of_a_file_refuses_what_is_outside_of_its_type(
 ) -> None:
     monkeypatch.chdir(folder)
     root = ROOTS[name]
-    require_refusals(thinned(wrong_fields(root.model), EVERY), root.refuses, root.model)
+    cases = [case for case in thinned(wrong_fields(root.model), EVERY) if root.can_hold(case.value)]
+    require_refusals(cases, root.refuses, root.model)
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -71,7 +71,9 @@ RECORDS: tuple[Any, ...] = (
     JudgeAudit("Tiny:1", (JudgeScore("self", "image", "color", "", HALF, 0),), {"self": 1.5}),
     SampleAudit("Tiny:1", "Tiny:2", {"generate": SampleQuality(12, 0.5, {"self": 0.0}, (RANKING,))}),
     Cost(1.5, 2.5),
-    Sample("a", "edit", "recolor", "red", None, "red", 1.0, None, "a.png", None, (FactCheck("is it", "yes", True),)),
+    Sample(
+        "a", "rows", "edit", "recolor", "red", None, "red", 1.0, None, "a.png", None, (FactCheck("is it", "yes", True),)
+    ),
     BenchmarkResult(0.5, 0.25, 0.75, 12, None, None, None, {"colors": Estimate(0.5)}, {}, "success", {}),
 )  # fmt: skip
 BENCHMARK = BenchmarkRecord(
