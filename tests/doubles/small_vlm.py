@@ -145,6 +145,17 @@ def create_vlm(
     return folder
 
 
+def _decoder_sizes(width: int, depth: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+
+
 def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -152,12 +163,7 @@ def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
     tokenizer = make_tokenizer(QWEN_MARKERS, "<|im_end|>", "<|endoftext|>", vocabulary)
     image, video, start = (tokenizer.convert_tokens_to_ids(QWEN_MARKERS[i]) for i in (5, 6, 3))
     text = {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **_decoder_sizes(width, depth, vocabulary),
         "max_position_embeddings": 1024,
         "initializer_range": 0.3,
         "bos_token_id": None,
@@ -225,12 +231,7 @@ def _gemma(family: str, width: int, depth: int, vocabulary: int) -> Any:
     named = {"bos_token": "<bos>", "extra_special_tokens": further}
     tokenizer = make_tokenizer(GEMMA_MARKERS, "<eos>", "<pad>", vocabulary, **named)
     text = {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **_decoder_sizes(width, depth, vocabulary),
         "head_dim": width // 4,
         "max_position_embeddings": 1024,
         "initializer_range": 0.3,

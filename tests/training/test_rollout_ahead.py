@@ -166,6 +166,14 @@ def test_a_killed_run_resumes_bit_for_bit(small_base: Path, overrides: tuple[str
         assert len(Recording.sampled) == 2 * (4 - step - 1)  # that of the next step was in the checkpoint
 
 
+def test_with_an_engine_in_another_process_too(small_base: Path) -> None:
+    config = config_of(small_base, "steps=3", "keep_checkpoints=5", "rollout={engine: {kind: process}, steps_ahead: 1}")
+    trained(config, "whole")
+    truncate(Path("whole"), Path("killed"), 2)
+    resumed(Path("killed"))
+    assert_same(Path("whole"), Path("killed"), 3)
+
+
 def test_an_engine_that_fails_ahead_stops_the_step_that_needs_it(
     small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

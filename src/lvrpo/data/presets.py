@@ -186,7 +186,7 @@ ANSWERS = ("answer", "solution", "ground_truth")
 """Columns of ``trl`` with the right answer, the first one first."""
 
 
-def further(record: Record, used: Collection[str | None]) -> Fields:
+def other_columns(record: Record, used: Collection[str | None]) -> Fields:
     """The field ``metadata`` of the columns without a use of their own that JSON can hold, if there are any."""
     found = {name: value for name, value in record.items() if name not in (*used, *PICTURES) and _is_json(value)}
     return {"metadata": found} if found else {}
@@ -207,7 +207,7 @@ def trl(record: Record) -> Fields:
     Other columns are the metadata, which reward functions read.
     """
     answered = next((name for name in ANSWERS if pick(record, (name,), required=False) is not None), None)
-    known = further(record, ("messages", "prompt", "completion", answered))
+    known = other_columns(record, ("messages", "prompt", "completion", answered))
     if answered is not None:
         known["answer"] = str(record[answered])
     if record.get("messages") is not None:

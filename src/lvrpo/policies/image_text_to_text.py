@@ -74,7 +74,7 @@ class ReadPrompt:
         return tuple(part for part in found if part is not None)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Its size."""
         tensors = (self.ids, *self.kinds.values(), *self.pictures.values())
         return sum(len(part) for part in self.given if isinstance(part, str)) + sum(each.nbytes for each in tensors)
@@ -103,12 +103,12 @@ class Chat(StoredFiles):
         with _reading:
             found = self._kept.pop(key, None)
             if found is None or len(found.parts) < len(parts):  # another picture has the identity of one that is gone
-                self._bytes -= 0 if found is None else found.bytes
+                self._bytes -= 0 if found is None else found.nbytes
                 found = self._read(parts)
-                self._bytes += found.bytes
+                self._bytes += found.nbytes
             self._kept[key] = found
             while len(self._kept) > 1 and self._bytes > KEPT_BYTES:
-                self._bytes -= self._kept.popitem(last=False)[1].bytes
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
 
     def _read(self, parts: Parts) -> ReadPrompt:

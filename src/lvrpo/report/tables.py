@@ -81,9 +81,8 @@ def summary_table(summary: Mapping[str, Any]) -> TextTable:
         if baseline:
             parts += [baseline["after"][task], summary["ours_minus_baseline"][task]]
         rows.append(_summary_row(words(task), parts))
-        categories = dict.fromkeys(
-            c for part in parts for c in part["categories"]
-        )  # one side may have scored none of it
+        # one side may have scored none of a category
+        categories = dict.fromkeys(c for part in parts for c in part["categories"])
         rows += [_summary_row(f"  {words(c)}", [part["categories"].get(c) for part in parts]) for c in categories]
     heads = ("task", "before", "after", "difference [95 %]", *(("baseline", "ours minus it") if baseline else ()))
     return TextTable("", heads, tuple(rows))
