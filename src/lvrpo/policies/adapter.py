@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
@@ -385,4 +386,10 @@ def _layers(policy: nn.Module) -> dict[str, Any]:
 
 def peft_library() -> Any:
     """The package. Any: it is optional."""
-    return optional_package("peft", "an adapter needs peft", "peft")
+    log = logging.getLogger("bitsandbytes")  # peft imports it, and it warns of kernels of 4-bit weights on some CPUs
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return optional_package("peft", "an adapter needs peft", "peft")
+    finally:
+        log.setLevel(level)
