@@ -49,7 +49,7 @@ def make_policy(sizes: BagelSizes) -> BagelPolicy:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if not parameter.any() or ".drawing." in name:
+            if not parameter.any() or ".generation." in name:
                 spread = parameter.shape[-1] ** -0.5
                 parameter += spread * torch.randn(parameter.shape, generator=generator)
     return policy

@@ -161,7 +161,7 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: self_vqa, tasks: [generate]}]"), 2, "every reward is for other tasks only"),
     (train("rewards=[{name: exact_answer}]"), 2, "data.prompts_per_step.generate=2: no reward scores these prompts"),
     (train("rewards=[{name: self_vqa, segments: []}]"), 2, "must have at least 1 entries"),
-    (("pretrain", "pretrain", "representation.weight=0.5"), 2, "needs a reading side that has learned to read"),
+    (("pretrain", "pretrain", "representation.weight=0.5"), 2, "needs a understanding side that has learned to read"),
     (("pretrain", "continued", "init=small", "representation={weight: 1, layer: 9}"), 2, "the policy has 2 layers"),
     (("check", "quickstart", "steps=0"), 2, "must be >= 1"),
     (("check", "quickstart", "policy=nowhere"), 2, "no such folder"),

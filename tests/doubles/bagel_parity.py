@@ -89,7 +89,7 @@ class Parity:
 
     # ---------------------------------------------------------------- sections
     def pictures(self) -> Errors:
-        ref, towers, out = self.vectors("preproc"), self.policy.encoders, {}
+        ref, encoders, out = self.vectors("preproc"), self.policy.encoders, {}
         settings = self.policy.config.settings
         for k in (1, 2):
             raw = picture(ref[f"image{k}_uint8"])
@@ -97,7 +97,7 @@ class Parity:
             exact(torch.from_numpy(to_uint8(small)), ref[f"image{k}_vae_resized_uint8"])
             got = {
                 "vae_pixels": (small - 0.5) / 0.5,
-                "vit_pixels_from_vae_resized": towers.read_pixels(raw),
+                "vit_pixels_from_vae_resized": encoders.read_pixels(raw),
                 "vit_pixels_direct": (settings.read_resize.apply(raw) - 0.5) / 0.5,
             }
             out |= self.errors({f"image{k}_{name}": value for name, value in got.items()}, ref)
@@ -115,8 +115,8 @@ class Parity:
         two = runner.prefill([runner.row((about["prompt"], about["second_text"]), draws=False)])
         self.check_context(two, about["ctx_two_turn"])
         got = {
-            "prefill_hidden": hidden.reading,
-            "prefill_logits": self.policy.encoders.text_logits(hidden.reading),
+            "prefill_hidden": hidden.understanding,
+            "prefill_logits": self.policy.encoders.text_logits(hidden.understanding),
             **{f"k_cache_layer{i}": hidden.cache.layer(i)[0][0] for i in (0, last)},
             **{f"v_cache_layer{i}": hidden.cache.layer(i)[1][0] for i in (0, last)},
         }
@@ -127,15 +127,15 @@ class Parity:
     @torch.no_grad()
     def understanding(self) -> Errors:
         ref, about, runner = self.vectors("b_und"), self.meta["b_und"], self.policy.runner
-        towers, config = self.policy.encoders, self.policy.config
+        encoders, config = self.policy.encoders, self.policy.config
         last = config.transformer.depth - 1
         one, two = self.source(1), self.source(2)
-        pixels = towers.read_pixels(one)[None].to(self.policy.device)
-        rows, columns = towers.vision_grid(one)
+        pixels = encoders.read_pixels(one)[None].to(self.policy.device)
+        rows, columns = encoders.vision_grid(one)
         places = position_ids(rows, columns, config.vit.side)
         exact(places, ref["vit_position_ids"])
-        features = towers.read_vit(patchify(pixels, config.vit.patch_size), places.to(pixels.device))[0]
-        with_places = towers.read_embed(pixels)[0]
+        features = encoders.vit(patchify(pixels, config.vit.patch_size), places.to(pixels.device))[0]
+        with_places = encoders.read_embed(pixels)[0]
         piece = runner.picture(one, "read")
         exact(torch.tensor([piece.ids[0], piece.ids[-1]]), ref["packed_text_ids"])
         exact(torch.from_numpy(row_layout((piece.span,)).rope_ids), ref["packed_position_ids"])
@@ -149,7 +149,7 @@ class Parity:
         return {
             "vit_tokens": error(patchify(pixels, config.vit.patch_size)[0], ref["vit_tokens"]),
             "vit_features": error(features, ref["vit_features"]),
-            "connector_out": error(with_places - towers.read_position[places], ref["connector_out"]),
+            "connector_out": error(with_places - encoders.vit_position[places], ref["connector_out"]),
             "vit_embed_with_pos": error(with_places, ref["vit_embed_with_pos"]),
             "image_k_cache_layer0": error(image.layer(0)[0][0], ref["image_k_cache_layer0"]),
             "image_v_cache_last": error(image.layer(last)[1][0], ref["image_v_cache_last"]),
@@ -160,14 +160,14 @@ class Parity:
     @torch.no_grad()
     def velocities(self) -> Errors:
         ref, runner, out = self.vectors("c_flow"), self.policy.runner, {}
-        towers, config = self.policy.encoders, self.policy.config
+        encoders, config = self.policy.encoders, self.policy.config
         last = config.transformer.depth - 1
         source = self.source(1)
-        latent = towers.encode_pixels(ref["edit_vae_pixels"], ref["edit_vae_eps"])
+        latent = encoders.encode_pixels(ref["edit_vae_pixels"], ref["edit_vae_eps"])
         reference = patchify(ref["edit_vae_latent"], config.latent_patch)
         out["edit_vae_latent"] = error(latent, reference)
-        exact(position_ids(*towers.latent_grid(source), config.latent_side), ref["edit_vae_position_ids"])
-        towers.posterior_noise = lambda image, shape: ref["edit_vae_eps"][0].reshape(shape)
+        exact(position_ids(*encoders.latent_grid(source), config.latent_side), ref["edit_vae_position_ids"])
+        encoders.posterior_noise = lambda image, shape: ref["edit_vae_eps"][0].reshape(shape)
         alone = runner.prefill([(runner.picture(source, "clean"),)])
         out["edit_vae_k_cache_layer0"] = error(alone.layer(0)[0][0], ref["edit_vae_k_cache_layer0"])
         out["edit_vae_v_cache_last"] = error(alone.layer(last)[1][0], ref["edit_vae_v_cache_last"])
@@ -217,18 +217,18 @@ class Parity:
 
     @torch.no_grad()
     def autoencoder(self) -> Errors:
-        ref, towers = self.vectors("e_vae"), self.policy.encoders
-        mean, log_variance = towers.latent_vae.moments(ref["pixels"])
-        z = towers.latent_vae.encode(ref["pixels"], ref["eps"])
+        ref, encoders = self.vectors("e_vae"), self.policy.encoders
+        mean, log_variance = encoders.latent_vae.moments(ref["pixels"])
+        z = encoders.latent_vae.encode(ref["pixels"], ref["eps"])
         got = {
             "moments": torch.cat([mean, log_variance], dim=1),
             "z": z,
-            "z_mean_scaled": towers.latent_vae.encode(ref["pixels"], torch.zeros_like(ref["eps"])),
-            "z_tokens": towers.encode_pixels(ref["pixels"], ref["eps"])[0],
-            "recon": towers.latent_vae.decode(ref["z"]),
+            "z_mean_scaled": encoders.latent_vae.encode(ref["pixels"], torch.zeros_like(ref["eps"])),
+            "z_tokens": encoders.encode_pixels(ref["pixels"], ref["eps"])[0],
+            "recon": encoders.latent_vae.decode(ref["z"]),
         }
         if self.whole:
-            got["random_z_decoded"] = towers.latent_vae.decode(ref["random_z"])
+            got["random_z_decoded"] = encoders.latent_vae.decode(ref["random_z"])
         return self.errors(got, ref)
 
     def training(self, shift: int) -> Errors:
@@ -320,7 +320,7 @@ class Parity:
         assert fed[0] == runner.tokenizer.bos_id
         for token in fed:
             hidden = runner.run([(Piece(Span("text", 1), (token,)),)], cache)
-            logits.append(self.policy.encoders.text_logits(hidden.reading)[0])
+            logits.append(self.policy.encoders.text_logits(hidden.understanding)[0])
             cache = hidden.cache
         got = torch.stack(logits)
         exact(got.argmax(dim=-1)[:-1], torch.tensor(fed[1:]))
@@ -332,10 +332,10 @@ class Parity:
 
     def scenario(self, name: str) -> tuple[tuple[int, int], flow_sampler.GuidanceCaches]:
         """The grid that is drawn and the three contexts, checked against their recorded lengths."""
-        about, runner, towers = self.meta["c_flow"], self.policy.runner, self.policy.encoders
+        about, runner, encoders = self.meta["c_flow"], self.policy.runner, self.policy.encoders
         texts, expected = about["prompts"], about["scenarios"][name]
         eps = self.vectors("c_flow")["edit_vae_eps"][0]
-        towers.posterior_noise = lambda image, shape: eps.reshape(shape)
+        encoders.posterior_noise = lambda image, shape: eps.reshape(shape)
         parts = {
             "t2i": (texts["t2i"],),
             "edit": (self.source(1), texts["edit"]),
@@ -350,7 +350,7 @@ class Parity:
         self.check_context(caches.full, expected["gen_ctx"])
         self.check_context(caches.no_text, expected["cfg_text_ctx"])
         self.check_context(caches.no_image, expected["cfg_img_ctx"])
-        return towers.default_grid(tuple(expected["image_hw"])), caches
+        return encoders.default_grid(tuple(expected["image_hw"])), caches
 
     def training_rows(self, shift: int, drop: bool = False) -> list[TrainedRow]:
         """The packed batch of the vectors from its plans; with ``drop`` every droppable condition is left out."""
@@ -405,14 +405,14 @@ class Parity:
         exact(torch.cat([torch.from_numpy(layout.rope_ids) for layout in layouts]), ref["packed_position_ids"])
         visible = torch.block_diag(*[torch.from_numpy(layout.visible).int() for layout in layouts])
         exact(visible, ref["attention_allowed"].int())
-        is_drawing = torch.cat([torch.from_numpy(layout.drawing) for layout in layouts])
+        is_drawing = torch.cat([torch.from_numpy(layout.generation) for layout in layouts])
         exact(is_drawing.nonzero()[:, 0], ref["packed_vae_token_indexes"])
         pieces = [trained.piece for row in rows for trained in row]
         ids = torch.tensor([i for piece in pieces for i in piece.ids])
-        reading = (~is_drawing).nonzero()[:, 0]
+        understanding = (~is_drawing).nonzero()[:, 0]
         exact(ids[ids >= 0], ref["packed_text_ids"])
-        exact(reading[ids >= 0], ref["packed_text_indexes"])
-        exact(reading[ids < 0], ref["packed_vit_token_indexes"])
+        exact(understanding[ids >= 0], ref["packed_text_indexes"])
+        exact(understanding[ids < 0], ref["packed_vit_token_indexes"])
         config = self.policy.config
         latent = [position_ids(*p.grid, config.latent_side) for p in pieces if p.span.kind in ("clean", "noise")]
         exact(torch.cat(latent), ref["packed_latent_position_ids"])
@@ -420,7 +420,7 @@ class Parity:
         exact(torch.cat(read), ref["packed_vit_position_ids"])
         targets = find_targets(rows, config.channels, self.policy.device)
         exact(targets.labels, ref["packed_label_ids"])
-        exact(reading[targets.label_rows.cpu()], ref["ce_loss_indexes"])
+        exact(understanding[targets.label_rows.cpu()], ref["ce_loss_indexes"])
         exact(is_drawing.nonzero()[:, 0][targets.velocity_rows.cpu()], ref["mse_loss_indexes"])
         assert error(targets.label_weights, ref["ce_loss_weights"]) < 1e-6
 
@@ -462,12 +462,12 @@ def guidance_named(name: str) -> Guidance:
 
 def in_row_order(hidden: Hidden, spans: list[tuple[Span, ...]]) -> torch.Tensor:
     """The two blocks as one packed sequence (N, D)."""
-    packing = pack(spans, hidden.reading.device)
-    grid = torch.cat([hidden.reading, hidden.drawing]).index_select(0, packing.grid_source)
+    packing = pack(spans, hidden.understanding.device)
+    grid = torch.cat([hidden.understanding, hidden.generation]).index_select(0, packing.grid_source)
     valid = torch.arange(packing.length, device=grid.device) < packing.lengths[:, None]
     return grid[valid.flatten()]
 
 
 def zero_in_theory(name: str) -> bool:
-    """The softmax does not move when all keys are shifted alike, and the reading tower has no rotation."""
+    """The softmax does not move when all keys are shifted alike, and the vision tower has no rotation."""
     return "vit_model" in name and name.endswith("k_proj.bias")

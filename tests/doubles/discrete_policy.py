@@ -128,7 +128,7 @@ class DiscretePolicy(TokenPolicy):
         return guide_logits(logits[:B], None if unguided else logits[B:], scale, mode)
 
     @torch.no_grad()
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[Tensor]:
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[Tensor]:
         if not 0 <= layer <= len(self.layers):
             raise InputError(f"layer={layer}: the policy has {len(self.layers)} layers")
         return [self.states([self.context_ids([part])], depth=layer)[0, 1:] for part in parts]

@@ -152,7 +152,7 @@ def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
         answering.text_logprob([(image, "what is it")] * 5, texts),
         answering.image_logprob(*pictures),
         answering.image_logprob(*pictures, times=(0.2, 0.6)),
-        *answering.reading_states(("red circle",), 1),
+        *answering.hidden_states(("red circle",), 1),
     ]
     groups = answering.sample(prompts, Sampling(2, max_new_tokens=3, num_steps=3), list(range(len(prompts))))
     written = groups[0].trajectories[0]
@@ -196,7 +196,7 @@ def bad_gradient(folder: Path) -> dict[str, Any]:
     with d.whole_weights(state.policies.module, reduce=True):
         for name, parameter in state.policies.module.named_parameters():
             parameter.grad = torch.full_like(parameter, 1 / d.world_size())
-            if d.rank() == d.world_size() - 1 and name.endswith("layers.0.reading.q_proj.weight"):
+            if d.rank() == d.world_size() - 1 and name.endswith("layers.0.understanding.q_proj.weight"):
                 parameter.grad[0, 0] = torch.nan
     norms = state.optimizers[0].step(0)
     sizes = {expert: sum(p.numel() for p in own) for expert, own in state.policies.policy.parameter_groups().items()}

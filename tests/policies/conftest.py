@@ -58,31 +58,31 @@ Item = str | tuple[str, Any]
 @dataclass(frozen=True)
 class WholeRow:
     logits: torch.Tensor
-    """(tokens of the reading expert, V) in row order, forbidden tokens included."""
+    """(tokens of the understanding expert, V) in row order, forbidden tokens included."""
     velocity: torch.Tensor | None
 
 
 @torch.no_grad()
 def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
     """One pass over one row from nothing, embedded by hand."""
-    towers, words = policy.encoders, policy.tokenizer
-    start, end = (towers.embed_tokens(torch.tensor([i])) for i in (words.image_start_id, words.image_end_id))
+    encoders, words = policy.encoders, policy.tokenizer
+    start, end = (encoders.embed_tokens(torch.tensor([i])) for i in (words.image_start_id, words.image_end_id))
     spans, reading, drawing, noisy = [], [], [], None
     for item in items:
         if isinstance(item, str):
             ids = [words.bos_id, *words.encode(item), words.eos_id]
             spans.append(Span("text", len(ids)))
-            reading.append(towers.embed_tokens(torch.tensor(ids)))
+            reading.append(encoders.embed_tokens(torch.tensor(ids)))
             continue
         kind, content = item
         n = policy.config.image_tokens
         spans.append(Span(kind, n + 2))  # type: ignore[arg-type]  # the kind is one of the three
         if kind == "read":
-            reading += [start, towers.encode_images([content])[0], end]
+            reading += [start, encoders.encode_images([content])[0], end]
             continue
         reading += [start, end]
-        x_t, t = (towers.encode_latents([content])[0], 0.0) if kind == "clean" else content
-        drawing.append(towers.embed_latents(x_t[None], torch.tensor([t]))[0])
+        x_t, t = (encoders.encode_latents([content])[0], 0.0) if kind == "clean" else content
+        drawing.append(encoders.embed_latents(x_t[None], torch.tensor([t]))[0])
         if kind == "noise":
             noisy = x_t, t, sum(len(part) for part in drawing[:-1])
     width = reading[0].shape[1]
@@ -91,8 +91,10 @@ def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
     velocity = None
     if noisy is not None:
         x_t, t, offset = noisy
-        velocity = towers.velocity(hidden.drawing[offset : offset + len(x_t)][None], x_t[None], torch.tensor([t]))[0]
-    return WholeRow(towers.text_logits(hidden.reading), velocity)
+        velocity = encoders.velocity(hidden.generation[offset : offset + len(x_t)][None], x_t[None], torch.tensor([t]))[
+            0
+        ]
+    return WholeRow(encoders.text_logits(hidden.understanding), velocity)
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,8 @@ def train(policy: MoTPolicy, size: float = 0.05) -> None:
 
 def test_on_a_bfloat16_base_it_is_computed_in_bfloat16_and_trained_in_float32() -> None:
     sizes = {"width": 32, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 32, "read_side": 4, "latent_side": 4}
-    towers = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
-    create_bagel(BagelSizes.model_validate(sizes | towers), ["a red circle"]).save(Path("base"))
+    encoders = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
+    create_bagel(BagelSizes.model_validate(sizes | encoders), ["a red circle"]).save(Path("base"))
     policy = load_policy("base", dtype="bfloat16")
     assert isinstance(policy, MoTPolicy)
     add_adapter(policy, AdapterConfig(rank=2), "base")
@@ -128,7 +128,7 @@ def test_gradients_reach_the_chosen_experts_only(new_policy: Callable[..., TinyP
     sum(row[-1].logprobs.sum() for row in policy.logprobs(drawings)).backward()  # type: ignore[union-attr]
     for name, parameter in policy.named_parameters():
         if is_adapter(name):
-            assert ".drawing." in name
+            assert ".generation." in name
             assert parameter.grad is not None
             assert bool(parameter.grad.any())
         else:
@@ -144,8 +144,8 @@ def test_the_gradient_of_the_factors_is_that_of_the_whole_weight(
     drawings = [t for g in whole.sample(prompts[3:4], SAMPLING, [0]) for t in g.trajectories]
     for each in (policy, whole):
         sum(row[-1].logprobs.sum() for row in each.logprobs(drawings)).backward()  # type: ignore[union-attr]
-    layer: Any = policy.get_submodule("transformer.layers.1.drawing.up_proj")  # Any: a layer of peft
-    weight = whole.get_submodule("transformer.layers.1.drawing.up_proj").weight
+    layer: Any = policy.get_submodule("transformer.layers.1.generation.up_proj")  # Any: a layer of peft
+    weight = whole.get_submodule("transformer.layers.1.generation.up_proj").weight
     expected = 3.0 * weight.grad @ layer.lora_A["default"].weight.T  # type: ignore[union-attr,operator]
     torch.testing.assert_close(layer.lora_B["default"].weight.grad, expected, rtol=1e-4, atol=1e-6)
     assert not layer.lora_A["default"].weight.grad.any()  # while B is zero
@@ -197,8 +197,8 @@ def test_peft_reads_it_by_the_published_names() -> None:
     from peft import PeftModel
 
     sizes = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "read_side": 4, "latent_side": 4}
-    towers = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
-    policy = create_bagel(BagelSizes.model_validate(sizes | towers))
+    encoders = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
+    policy = create_bagel(BagelSizes.model_validate(sizes | encoders))
     add_adapter(policy, AdapterConfig(rank=3, alpha=6.0, modules=("attention", "mlp", "connector", "tower")), "base")
     train(policy)
     policy.save(Path("adapter"))
@@ -283,8 +283,8 @@ def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]
         add_adapter(policy, AdapterConfig(modules=("attention", "head"), experts=("generate",)), "base")
     with pytest.raises(ValidationError, match="replay of a rollout"):
         AdapterConfig(dropout=0.1)
-    nn.init.zeros_(policy.transformer.layers[0].drawing.o_proj.weight)  # type: ignore[union-attr,arg-type]
-    with pytest.raises(InputError, match=r"dora=true: transformer.layers.0.drawing.o_proj has rows of zeros"):
+    nn.init.zeros_(policy.transformer.layers[0].generation.o_proj.weight)  # type: ignore[union-attr,arg-type]
+    with pytest.raises(InputError, match=r"dora=true: transformer.layers.0.generation.o_proj has rows of zeros"):
         add_adapter(policy, AdapterConfig(dora=True), "base")
     add_adapter(policy, AdapterConfig(), "base")
     with pytest.raises(InputError, match="base: has an adapter already"):
@@ -296,7 +296,7 @@ def test_an_output_layer_of_zeros_that_no_adapter_moves_is_named() -> None:
     sizes = BagelSizes.model_validate({"width": 32, "depth": 1, "mlp_width": 32, "vocabulary_size": 512})
     fresh = create_bagel(sizes, ["a red circle"])
     with pytest.raises(
-        InputError, match=r"adapter.modules=\[attention, mlp\]: towers.latent_out of this model is all "
+        InputError, match=r"adapter.modules=\[attention, mlp\]: encoders.latent_out of this model is all "
     ):
         require_moved(fresh, AdapterConfig(), ("text", "flow"))
     with pytest.raises(InputError, match=r"use modules: \[attention, mlp, connector\] with experts: \[generate\]"):

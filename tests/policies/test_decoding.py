@@ -52,7 +52,7 @@ def test_steps_have_the_bits_of_the_general_pass(
             ids = [(7 * step + 3 * r) % 14 + 4 for r in range(len(cache.rope))]
             hidden = policy.runner.run(single_tokens(ids), cache)
             states = decoder.step(policy.encoders.embed_tokens(torch.tensor(ids)))
-            assert torch.equal(states, hidden.reading)
+            assert torch.equal(states, hidden.understanding)
             assert states.std() > 0.1
             cache = hidden.cache.select(rows)
             decoder.select(rows)
@@ -63,7 +63,7 @@ def test_steps_after_nothing(policy: TinyPolicy) -> None:
     decoder = Decoder(policy.transformer, cache, 2)
     for ids in ([4, 5], [6, 7]):
         hidden = policy.runner.run(single_tokens(ids), cache)
-        assert torch.equal(decoder.step(policy.encoders.embed_tokens(torch.tensor(ids))), hidden.reading)
+        assert torch.equal(decoder.step(policy.encoders.embed_tokens(torch.tensor(ids))), hidden.understanding)
         cache = hidden.cache
 
 

@@ -103,7 +103,7 @@ def test_the_outputs_asked_for_are_those_of_all(policy: TinyPolicy, picture: Any
     rows = [runner.row((picture(1), "is it"), draws=False), runner.row(("a red circle",), draws=False)]
     whole = runner.run(rows, policy.transformer.empty_cache(2))
     some = runner.run(rows, policy.transformer.empty_cache(2), outputs=torch.tensor([2, 5, 7]))
-    torch.testing.assert_close(some.reading, whole.reading[[2, 5, 7]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(some.understanding, whole.understanding[[2, 5, 7]], rtol=1e-6, atol=1e-6)
     assert torch.equal(some.cache.layer(1)[0], whole.cache.layer(1)[0])
 
 

@@ -76,7 +76,7 @@ SCORES: dict[str, tuple[str, ...]] = {
 }
 """The tasks whose prompts a reward scores."""
 BLIND = ("sd3",)
-"""Policies without a reading side, which rewards of ``ASK_READER`` need."""
+"""Policies without a understanding side, which rewards of ``ASK_READER`` need."""
 ASK_READER = ("self_vqa", "caption_back", "agreement", "semantic")
 
 

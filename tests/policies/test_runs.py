@@ -227,7 +227,7 @@ REFUSED: list[tuple[str, str, str]] = [
         (
             "sd3",
             f"rewards=[{{name: 'spread:Spread'}}, {{name: {reward}, weight: 0.1}}]",
-            f"rewards.{reward}: asks the reading side of the policy's initial weights, and",
+            f"rewards.{reward}: asks the understanding side of the policy's initial weights, and",
         )
         for reward in ("self_vqa", "caption_back", "semantic")
     ),

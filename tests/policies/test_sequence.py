@@ -45,7 +45,7 @@ def test_layout_follows_the_rules_token_by_token(row: tuple[Span, ...]) -> None:
     assert layout.rope_ids.tolist() == ids
     assert layout.rope_advance == following
     owned = [kind in ("clean", "noise") and 0 < i < length - 1 for _, kind, i, length in tokens_of(row)]
-    assert layout.drawing.tolist() == owned
+    assert layout.generation.tolist() == owned
 
 
 def test_a_worked_row() -> None:
@@ -53,7 +53,7 @@ def test_a_worked_row() -> None:
     layout = row_layout(row)
     assert layout.rope_ids.tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 6]
     assert layout.rope_advance == 7
-    assert layout.drawing.nonzero()[0].tolist() == [4, 5, 12, 13]
+    assert layout.generation.nonzero()[0].tolist() == [4, 5, 12, 13]
     assert layout.visible[:, 11:15].any(axis=1).nonzero()[0].tolist() == [11, 12, 13, 14]
     assert not layout.visible[0, 1]
     assert layout.visible[3, 6]
@@ -76,10 +76,10 @@ def test_pack_lays_out_every_row_as_if_alone(batch: list[tuple[Span, ...]]) -> N
         assert packing.visible[b, n:].sum().item() == packing.length - n
         assert packing.rope_ids[b, :n].tolist() == layout.rope_ids.tolist()
         assert packing.rope_advance[b].item() == layout.rope_advance
-        reading += [int(cell) for cell, owned in zip(grid[b, :n], layout.drawing, strict=True) if not owned]
-        drawing += [int(cell) for cell, owned in zip(grid[b, :n], layout.drawing, strict=True) if owned]
-    assert packing.reading_cells.tolist() == reading
-    assert packing.drawing_cells.tolist() == drawing
+        reading += [int(cell) for cell, owned in zip(grid[b, :n], layout.generation, strict=True) if not owned]
+        drawing += [int(cell) for cell, owned in zip(grid[b, :n], layout.generation, strict=True) if owned]
+    assert packing.understanding_cells.tolist() == reading
+    assert packing.generation_cells.tolist() == drawing
     assert packing.grid_source[torch.tensor(reading + drawing, dtype=torch.int64)].tolist() == list(
         range(len(reading) + len(drawing))
     )

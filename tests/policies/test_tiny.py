@@ -78,7 +78,7 @@ def test_a_seed_makes_one_policy_and_leaves_the_global_one_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     pairs = list(zip(one.parameters(), two.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(one.encoders.read_in.weight, other.encoders.read_in.weight)
+    assert not torch.equal(one.encoders.patch_in.weight, other.encoders.patch_in.weight)
 
 
 def outputs(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -132,8 +132,8 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
 
 def change_weights(folder: Path, rename: bool) -> None:
     state = load_file(folder / "model.safetensors")
-    tensor = state.pop("towers.lm_head.weight")
-    state["towers.lm_head.bias" if rename else "towers.lm_head.weight"] = tensor if rename else tensor[:-1]
+    tensor = state.pop("encoders.lm_head.weight")
+    state["encoders.lm_head.bias" if rename else "encoders.lm_head.weight"] = tensor if rename else tensor[:-1]
     save_file(state, folder / "model.safetensors")
 
 
@@ -148,16 +148,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown field": (damage_config(depth=3), "config.json: depth: "),
     "field of the wrong kind": (damage_config(image_size="big"), "config.json: image_size=big: must be a whole number"),
     "sizes that clash": (damage_config(patch_size=5), "must divide"),
-    "another size": (damage_config(tower_width=32), "weights do not fit config.json at towers.read_in.bias"),
+    "another size": (damage_config(tower_width=32), "weights do not fit config.json at encoders.patch_in.bias"),
     "weights truncated": (truncate("model.safetensors", 5000), "truncated or damaged"),
     "weights empty": (truncate("model.safetensors", 0), "truncated or damaged"),
     "header alone": (truncate("model.safetensors", 4), "truncated or damaged"),
-    "a shape": (lambda f: change_weights(f, rename=False), "do not fit config.json at towers.lm_head.weight"),
-    "a name": (lambda f: change_weights(f, rename=True), "do not fit config.json at towers.lm_head.bias"),
+    "a shape": (lambda f: change_weights(f, rename=False), "do not fit config.json at encoders.lm_head.weight"),
+    "a name": (lambda f: change_weights(f, rename=True), "do not fit config.json at encoders.lm_head.bias"),
     "tokenizer truncated": (truncate("tokenizer.json", 100), "tokenizer.json: truncated or damaged"),
     "tokenizer of another model": (
         lambda f: TinyTokenizer.from_vocabulary(["one", "word"]).save(f),
-        "weights do not fit config.json at towers.embed_tokens_table.weight",
+        "weights do not fit config.json at encoders.embed_tokens_table.weight",
     ),
 }
 
@@ -201,10 +201,12 @@ def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], picture: C
 def test_the_parts_of_the_experts(policy: TinyPolicy) -> None:
     names = {id(p): name for name, p in policy.named_parameters()}
     found = {expert: {names[id(p)] for p in ps} for expert, ps in policy.parameter_groups().items()}
-    assert found["shared"] == {"towers.embed_tokens_table.weight"}
-    assert {"towers.lm_head.weight", "towers.read_position", "transformer.reading_norm.weight"} <= found["understand"]
-    assert {"towers.latent_out.weight", "towers.time_in.bias", "towers.latent_position"} <= found["generate"]
-    twins = {name.replace(".reading.", ".drawing.") for name in found["understand"] if ".layers." in name}
+    assert found["shared"] == {"encoders.embed_tokens_table.weight"}
+    assert {"encoders.lm_head.weight", "encoders.patch_position", "transformer.understanding_norm.weight"} <= found[
+        "understand"
+    ]
+    assert {"encoders.latent_out.weight", "encoders.time_in.bias", "encoders.latent_position"} <= found["generate"]
+    twins = {name.replace(".understanding.", ".generation.") for name in found["understand"] if ".layers." in name}
     assert twins == {name for name in found["generate"] if ".layers." in name}
 
 

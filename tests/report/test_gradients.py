@@ -14,7 +14,7 @@ from lvrpo.report.tables import Cell
 def row(step: int, cosine: float) -> dict[str, Any]:
     pair, parts = (
         "understand+generate",
-        {"all": cosine, "reading": -0.5, "reading/layer_10": 0.1, "reading/layer_2": 0.2},
+        {"all": cosine, "understand": -0.5, "understand/layer_10": 0.1, "understand/layer_2": 0.2},
     )
     found: dict[str, Any] = {"step": step, "loss/text": 1.0}
     found |= {f"gradient/cosine/{pair}/{part}": value for part, value in parts.items()}
@@ -26,11 +26,11 @@ def test_means_and_ranges_over_the_audited_steps() -> None:
     audit = gradient_audit(Metrics((row(1, 0.2), {"step": 2}, row(3, -0.4))))
     assert audit is not None
     assert audit.steps == 2
-    assert audit.cosines.heads == ("tasks", "all", "reading")
-    ((name, whole, reading),) = audit.cosines.rows
+    assert audit.cosines.heads == ("tasks", "all", "understand")
+    ((name, whole, understand),) = audit.cosines.rows
     assert (name, whole) == ("Questions and Generation", "−.10 (−.40 to +.20)")
-    assert [cell.tone for cell in (whole, reading) if isinstance(cell, Cell)] == ["", "apart"]
-    assert [row[0] for row in audit.layers.rows] == ["reading, layer 2", "reading, layer 10"]
+    assert [cell.tone for cell in (whole, understand) if isinstance(cell, Cell)] == ["", "apart"]
+    assert [row[0] for row in audit.layers.rows] == ["understand, layer 2", "understand, layer 10"]
     assert [row[:2] for row in audit.norms.rows] == [("Questions", "4"), ("Generation", "1")]
 
 

@@ -51,7 +51,7 @@ class Strict:
         levels = [self.of((image, *context), len(context)) for context, image in zip(contexts, images, strict=True)]
         return torch.tensor(levels)[:, None].expand(-1, draws)
 
-    def reading_states(self, parts: Sequence[Any], layer: int) -> list[torch.Tensor]:
+    def hidden_states(self, parts: Sequence[Any], layer: int) -> list[torch.Tensor]:
         self.asked.add("read")
         return [torch.tensor([[self.of((part,), 1), 1.0]]) for part in parts]
 

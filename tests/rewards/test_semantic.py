@@ -26,7 +26,7 @@ class Reads:
     image_size = 4
     words = {"red": (1.0, 0.0), "cube": (0.0, 1.0)}  # noqa: RUF012
 
-    def reading_states(self, parts: Sequence[str | Image], layer: int) -> list[torch.Tensor]:
+    def hidden_states(self, parts: Sequence[str | Image], layer: int) -> list[torch.Tensor]:
         self.layer = layer
         self.asked = [part for part in parts if isinstance(part, str)]
         return [
@@ -110,11 +110,11 @@ def test_the_tiny_policy_reads_texts_and_pictures_alone(group: Callable[..., Gro
             torch.nn.init.normal_(parameter, std=0.1)
     images = [torch.rand(3, 16, 16) for _ in range(3)]
     for layer in (0, 1, 2):
-        states = policy.reading_states([images[0], "red cube", images[1], "cube"], layer)
+        states = policy.hidden_states([images[0], "red cube", images[1], "cube"], layer)
         assert [tuple(s.shape) for s in states] == [(4, 32), (2, 32), (4, 32), (1, 32)]
-        alone = policy.reading_states([images[1]], layer)[0]
+        alone = policy.hidden_states([images[1]], layer)[0]
         assert torch.allclose(states[2], alone, atol=1e-6)
-        assert torch.allclose(alone[None], policy.reading_features([images[1]], layer), atol=1e-6)
+        assert torch.allclose(alone[None], policy.image_features([images[1]], layer), atol=1e-6)
         assert not states[0].requires_grad
     prompt = Prompt("p", "generate", ("draw red cube",), ("image",))
     values = Semantic().score([group(prompt, [[image] for image in images])], policy).values

@@ -135,7 +135,7 @@ def test_the_first_update_is_seen_in_the_adapter(small_base: Path) -> None:
     state = TrainState.start(policy, config_of(small_base))
     assert not state.policies.weights.differs_from("reference")
     assert isinstance(policy, MoTPolicy)
-    factor: Any = policy.get_submodule("transformer.layers.0.reading.q_proj.lora_B.default")  # Any: a Linear
+    factor: Any = policy.get_submodule("transformer.layers.0.understanding.q_proj.lora_B.default")  # Any: a Linear
     with torch.no_grad():
         factor.weight[0, 0] = 1e-3
     assert state.policies.weights.differs_from("reference")

@@ -30,16 +30,16 @@ def test_the_audit_reports_every_expert_and_layer_on_its_steps(bench: Any, promp
     assert not any(k.startswith("gradient/") for k in bench.update(groups, ALL, config, 1))
     cosines = {k: v for k, v in found.items() if "/cosine/" in k}
     parts = {k.split("/", 3)[3] for k in cosines}
-    assert {"all", "reading", "drawing", "shared", "reading/layer_0", "drawing/layer_1"} <= parts
+    assert {"all", "understand", "generate", "shared", "understand/layer_0", "generate/layer_1"} <= parts
     assert all(-1 <= v <= 1 for v in cosines.values())
     assert len({k.split("/")[2] for k in cosines}) == 6  # pairs of four tasks
     # of one task alone the norm is that of its gradient
     understand = bench.gradient([g for g in groups if g.prompt.task == "understand"], ALL[:2], config, 1)
     assert found["gradient/norm/understand/all"] == pytest.approx(float(understand.norm()), rel=1e-4)
-    squares = [found[f"gradient/norm/understand/{part}"] ** 2 for part in ("reading", "drawing", "shared")]
+    squares = [found[f"gradient/norm/understand/{part}"] ** 2 for part in ("understand", "generate", "shared")]
     assert found["gradient/norm/understand/all"] ** 2 == pytest.approx(sum(squares), rel=1e-5)
-    assert found["gradient/norm/understand/drawing"] == 0  # no answer needs the drawing expert
-    assert "gradient/cosine/understand+generate/drawing" not in found
+    assert found["gradient/norm/understand/generate"] == 0  # no answer needs the generation expert
+    assert "gradient/cosine/understand+generate/generate" not in found
 
 
 def two_tasks(
@@ -63,7 +63,7 @@ def inner(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], names: l
 
 
 def by_expert(apart: GradientsByTask) -> dict[str, list[str]]:
-    return {e: [n for n, own in apart.expert_of.items() if own == e] for e in ("reading", "drawing", "shared")}
+    return {e: [n for n, own in apart.expert_of.items() if own == e] for e in ("understand", "generate", "shared")}
 
 
 def given_back(apart: GradientsByTask, policy: TinyPolicy, mixing: Any) -> dict[str, torch.Tensor]:

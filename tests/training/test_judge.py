@@ -181,7 +181,7 @@ def test_drift_is_the_difference_of_policy_and_judge_scores(lively_policy: Any, 
     assert [group.title for group in charts] == ["judge drift", "judge agreement"]
 
 
-# --- the drawing side ---
+# --- the generation side ---
 
 DRAWN = ("a cat", "a dog", "a cat", "a cow")
 
@@ -261,8 +261,8 @@ def test_a_candidate_must_be_no_worse_on_either_side(answers: float, sure: float
     assert row["judge/action"].split(":")[0] == action
     present, proposed = (1 / (1 + math.exp(-x)) for x in (2.0, sure))
     assert (row["judge/held_out"], row["judge/candidate_held_out"]) == pytest.approx((0.5, answers))
-    assert row["judge/held_out_drawing"] == pytest.approx(present)
-    assert row["judge/candidate_held_out_drawing"] == pytest.approx(proposed, nan_ok=True)
+    assert row["judge/held_out_generation"] == pytest.approx(present)
+    assert row["judge/candidate_held_out_generation"] == pytest.approx(proposed, nan_ok=True)
     assert (judge.version, judge.refused) == ((1, 0) if action == "refreshed" else (0, 1))
 
 
@@ -270,7 +270,7 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
     config, prompts = JudgeConfig(refresh_every=2), {"understand": QUESTIONS}
 
     class Likely(ExactAnswer):
-        """A reward that asks the drawing side, as anybody's may."""
+        """A reward that asks the generation side, as anybody's may."""
 
         sides = ("draw",)
 

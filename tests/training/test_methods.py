@@ -437,8 +437,8 @@ def test_kinds_with_different_lr_scales_get_separate_steps(bench: Any, prompts: 
     alone = bench.config(flow={"weight": 0.0})
     one_step(bench, alone, groups, both(ALL), lr_scale=0.5)
     head = bench.live.encoders.lm_head.weight  # no drawing reaches it
-    assert float((head.detach() - start["towers.lm_head.weight"]).norm()) == pytest.approx(
-        float(moved["towers.lm_head.weight"]), rel=1e-5
+    assert float((head.detach() - start["encoders.lm_head.weight"]).norm()) == pytest.approx(
+        float(moved["encoders.lm_head.weight"]), rel=1e-5
     )
 
 

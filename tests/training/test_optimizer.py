@@ -76,12 +76,12 @@ def test_learning_rates_per_expert_really_differ(kind: str) -> None:
     set_gradients(model, 0)
     optimizers.step(0)
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
-    assert moved["towers.embed_tokens_table.weight"] == 0
+    assert moved["encoders.embed_tokens_table.weight"] == 0
     adamw_lr = 5e-4
-    assert moved["towers.lm_head.weight"] == pytest.approx(0.1 * adamw_lr, rel=1e-3)
-    assert moved["towers.latent_out.weight"] == pytest.approx(adamw_lr, rel=1e-3)
-    twins = [name for name in moved if ".reading." in name and "proj" in name]
-    ratios = [moved[name] / moved[name.replace(".reading.", ".drawing.")] for name in twins]
+    assert moved["encoders.lm_head.weight"] == pytest.approx(0.1 * adamw_lr, rel=1e-3)
+    assert moved["encoders.latent_out.weight"] == pytest.approx(adamw_lr, rel=1e-3)
+    twins = [name for name in moved if ".understanding." in name and "proj" in name]
+    ratios = [moved[name] / moved[name.replace(".understanding.", ".generation.")] for name in twins]
     assert all(0.05 < ratio < 0.2 for ratio in ratios)
 
 

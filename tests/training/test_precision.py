@@ -98,10 +98,10 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
         lambda: policy.text_logprob([("red circle",)], ["red"]),
         lambda: policy.image_logprob([("red circle",)], [picture], 1, [0]),
         lambda: policy.supervised_losses(examples, torch.Generator()),
-        lambda: policy.reading_features([picture], 1),
-        lambda: policy.reading_states(["red circle"], 1),
+        lambda: policy.image_features([picture], 1),
+        lambda: policy.hidden_states(["red circle"], 1),
         lambda: policy.context_states([("red circle",)]),
-        lambda: policy.drawing_states([("red circle",)], [picture], 1.0, 0),
+        lambda: policy.generation_states([("red circle",)], [picture], 1.0, 0),
     ]
     for call in calls:
         seen.clear()

@@ -140,12 +140,12 @@ def test_a_torn_group(changes: dict[str, Any], policy: TinyPolicy, groups: list[
 
 def test_weights_that_are_not_float32(policy: TinyPolicy) -> None:
     assert weights_check(Policies(policy)).ok
-    policy.transformer.layers[1].drawing.up_proj.to(torch.bfloat16)  # type: ignore[union-attr]
+    policy.transformer.layers[1].generation.up_proj.to(torch.bfloat16)  # type: ignore[union-attr]
     found = weights_check(Policies(policy))
     assert not found.ok
     assert found.check == "trainable weights not in float32"
     assert found.value == 1
-    assert "cast transformer.layers.1.drawing.up_proj.weight to float32" in found.detail
+    assert "cast transformer.layers.1.generation.up_proj.weight to float32" in found.detail
     policy.requires_grad_(False)
     assert weights_check(Policies(policy)).ok
 

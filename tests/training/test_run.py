@@ -234,7 +234,7 @@ def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
 
 
 def test_the_record_says_which_rewards_judge_the_segment_of_its_advantages(config: TrainConfig) -> None:
-    """A thought is judged by the answer, its drawing by the reading side; on record are the drawing's advantages."""
+    """A thought is judged by its answer, its image by the understanding side; the image's advantages are recorded."""
     staged = config.advantages.model_copy(update={"stages": "per_segment"})
     alignment = Trainer.start(config.model_copy(update={"steps": 1, "advantages": staged}), Path("run"))
     with alignment.run:

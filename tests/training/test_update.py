@@ -375,10 +375,10 @@ def test_thinking_is_trained_as_text_and_as_drawing(policies: Policies, prompts:
     A = [[1.0, -0.5, 0.25, -0.75]]
     text = gradients(policies, groups, A, make_config(flow={"weight": 0.0}))
     flow = gradients(policies, groups, A, make_config({"weight": 0.0}, NFT))
-    assert text["towers.lm_head.weight"].any()
-    assert not text.get("towers.latent_out.weight", torch.zeros(1)).any()
-    assert flow["towers.latent_out.weight"].any()
-    assert "towers.lm_head.weight" not in flow
+    assert text["encoders.lm_head.weight"].any()
+    assert not text.get("encoders.latent_out.weight", torch.zeros(1)).any()
+    assert flow["encoders.latent_out.weight"].any()
+    assert "encoders.lm_head.weight" not in flow
 
 
 def test_nothing_reaches_the_frozen_policies(policies: Policies, prompts: list[Prompt]) -> None:

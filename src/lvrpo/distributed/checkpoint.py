@@ -116,7 +116,10 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], finite: bool
         found = stored_tensors(folder)
         for name, tensor in tensors.items():
             if name not in found:
-                raise InputError(f"{folder}: the checkpoint lacks {name}: resume with the configuration of the run")
+                raise InputError(
+                    f"{folder}: the checkpoint lacks {name}: resume with the configuration of the run and the version "
+                    "of lvrpo in its manifest.json"
+                )
             size, dtype = found[name].size, found[name].properties.dtype
             if (size, dtype) != (tensor.shape, tensor.dtype):
                 raise InputError(

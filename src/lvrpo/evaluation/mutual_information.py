@@ -19,11 +19,11 @@ from lvrpo.statistics import Interval, mean_interval, paired_difference
 from lvrpo.types import Image, Parts
 
 Direction = Literal["see_and_plan", "name_and_form"]
-"""see_and_plan: the reading expert over the picture, the drawing expert about to draw from the text;
-name_and_form: the reading expert over the text, the drawing expert over the noisy picture."""
+"""see_and_plan: the understanding expert over the picture, the generation expert about to draw from the text;
+name_and_form: the understanding expert over the text, the generation expert over the noisy picture."""
 BATCH_SIZE = 64
 NOISY_T = 0.3
-"""Flow time t of the noisy picture that the drawing expert reads."""
+"""Flow time t of the noisy picture that the generation expert reads."""
 MIN_BATCHES = 4
 """Minimum number of batches of held-out pairs, for an estimate of the spread."""
 
@@ -33,11 +33,11 @@ class HasStates(Protocol):
     """A policy that returns the hidden states of its experts."""
 
     def context_states(self, contexts: Sequence[Parts]) -> Tensor:
-        """Mean final state of the reading expert over each context, float32 (B, D)."""
+        """Mean final state of the understanding expert over each context, float32 (B, D)."""
         ...
 
-    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> Tensor:
-        """Mean final state of the drawing expert over each noisy picture after its context, float32 (B, D)."""
+    def generation_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> Tensor:
+        """Mean final state of the generation expert over each noisy picture after its context, float32 (B, D)."""
         ...
 
 
@@ -199,9 +199,9 @@ def _states(
         captions, pictures = texts[start : start + BATCH_SIZE], images[start : start + BATCH_SIZE]
         if direction == "see_and_plan":
             read.append(policy.context_states([(picture,) for picture in pictures]))
-            drawn.append(policy.drawing_states([(text,) for text in captions], pictures, 1.0, seed))
+            drawn.append(policy.generation_states([(text,) for text in captions], pictures, 1.0, seed))
         else:
             read.append(policy.context_states([(text,) for text in captions]))
-            drawn.append(policy.drawing_states([() for _ in captions], pictures, NOISY_T, seed))
+            drawn.append(policy.generation_states([() for _ in captions], pictures, NOISY_T, seed))
     one, other = (functional.normalize(torch.cat(states).float().cpu(), dim=1) for states in (read, drawn))
     return one, other

@@ -41,24 +41,24 @@ Expert = Literal["understand", "generate"]
 Modules = Literal["attention", "mlp", "connector", "time", "head", "tower"]
 
 PATTERNS: Mapping[Modules, str] = {
-    "attention": r"transformer\.layers\.\d+\.(?P<expert>reading|drawing)\.[qkvo]_proj",
-    "mlp": r"transformer\.layers\.\d+\.(?P<expert>reading|drawing)\.(gate|up|down)_proj",
-    "connector": r"towers\.(?P<expert>read|latent)_(connector_)?(in|out)",
-    "time": r"towers\.(?P<expert>time)_(in|out)",
-    "head": r"towers\.(?P<expert>lm)_head",
-    "tower": r"towers\.(?P<expert>read)_vit\..+",
+    "attention": r"transformer\.layers\.\d+\.(?P<expert>understanding|generation)\.[qkvo]_proj",
+    "mlp": r"transformer\.layers\.\d+\.(?P<expert>understanding|generation)\.(gate|up|down)_proj",
+    "connector": r"encoders\.(?P<expert>patch|connector|latent)_(in|out)",
+    "time": r"encoders\.(?P<expert>time)_(in|out)",
+    "head": r"encoders\.(?P<expert>lm)_head",
+    "tower": r"encoders\.(?P<expert>vit)\..+",
 }
 """Regular expressions of linear layers by kind; the group names their expert."""
 OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
-    "flow": ("towers.latent_out", "connector", "generate", "drawing"),
-    "text": ("towers.lm_head", "head", "understand", "text"),
+    "flow": ("encoders.latent_out", "connector", "generate", "image"),
+    "text": ("encoders.lm_head", "head", "understand", "text"),
 }
 """Per kind of segment: its output layer, the kind of module and expert, and a name for messages."""
 READERS = ("aligner", "connector", "multi_modal_projector", "vision_model", "vision_tower", "visual")
 """Names that models of transformers give to modules that encode pictures."""
 EXPERTS: Mapping[str, tuple[Expert, ...]] = {
-    **dict.fromkeys((*READERS, "reading", "read", "lm", "lm_head"), ("understand",)),
-    **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
+    **dict.fromkeys((*READERS, "understanding", "patch", "vit", "lm", "lm_head"), ("understand",)),
+    **dict.fromkeys(("generation", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
     "transformer": ("generate",),
     **dict.fromkeys(("language_model", "text_model", "layers"), ("understand", "generate")),
     **dict.fromkeys(("showo", "fusion_proj"), ("understand", "generate")),

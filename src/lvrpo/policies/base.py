@@ -251,7 +251,7 @@ class Judge(Protocol):
         """
         ...
 
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """Hidden states of texts and images, each read alone: (N, D), a row per text token or image patch.
 
         After ``layer`` layers; 0: input embeddings. Without gradient and without special tokens. Raises InputError
@@ -357,7 +357,7 @@ USED_BY: Mapping[str, str] = {
     "timestep_shift": "objectives of flows",
     "text_logprob": "rewards of the judge's likelihoods (self_vqa, agreement, knowledge) and judge.refresh_every",
     "image_logprob": "judge.refresh_every",
-    "reading_states": "the reward semantic",
+    "hidden_states": "the reward semantic",
     "limit_tokens": "limits.forward_tokens",
     "checkpoint_gradients": "limits.gradient_checkpointing",
 }

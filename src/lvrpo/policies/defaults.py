@@ -162,9 +162,9 @@ class PolicyDefaults(nn.Module, ABC):
         """See ``Judge.image_logprob``."""
         raise missing_method(self, "image_logprob")
 
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Judge.reading_states``."""
-        raise missing_method(self, "reading_states")
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Judge.hidden_states``."""
+        raise missing_method(self, "hidden_states")
 
 
 class TokenPolicy(PolicyDefaults):

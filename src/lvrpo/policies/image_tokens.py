@@ -53,7 +53,7 @@ class Row:
 
     ids: tuple[int, ...]
     pictures: tuple[Image, ...] = ()
-    """Pictures for the reading encoder, in order."""
+    """Pictures for the understanding encoder, in order."""
 
     @property
     def key(self) -> Hashable:
@@ -144,7 +144,7 @@ class ImageTokenPolicy(TransformersPolicy):
         """Decodes codes int64 (B, h, w) to pictures on the CPU."""
 
     @abstractmethod
-    def reading_row(self, part: Part) -> tuple[Row, list[int]]:
+    def input_row(self, part: Part) -> tuple[Row, list[int]]:
         """The row of one text or picture alone, and the positions of its tokens or patches."""
 
     def embed(self, ids: torch.Tensor, pictures: Sequence[Image]) -> torch.Tensor:
@@ -418,13 +418,13 @@ class ImageTokenPolicy(TransformersPolicy):
         return each[:, None].expand(-1, draws)
 
     @torch.no_grad()
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Policy.reading_states``; after the last layer the states are normed."""
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Policy.hidden_states``; after the last layer the states are normed."""
         require_layer(layer, len(self.transformer.layers))
         found = []
         with self.autocast():
             for part in parts:
-                row, places = self.reading_row(part)
+                row, places = self.input_row(part)
                 x, _ = self._embedded([row])
                 out = self.transformer(inputs_embeds=x, use_cache=False, output_hidden_states=True)
                 found.append(out.hidden_states[layer][0, places])

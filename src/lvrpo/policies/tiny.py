@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Self
@@ -135,9 +135,9 @@ class TinyEncoders(nn.Module):
         self.channels = config.channels
         self.embed_tokens_table = nn.Embedding(vocabulary_size, width)
         self.lm_head = nn.Linear(width, vocabulary_size, bias=False)
-        self.read_in = nn.Linear(config.channels, config.tower_width)
-        self.read_out = nn.Linear(config.tower_width, width)
-        self.read_position = nn.Parameter(0.5 * _position_table(config.image_size // config.patch_size, width))
+        self.patch_in = nn.Linear(config.channels, config.tower_width)
+        self.patch_out = nn.Linear(config.tower_width, width)
+        self.patch_position = nn.Parameter(0.5 * _position_table(config.image_size // config.patch_size, width))
         self.latent_in = nn.Linear(config.channels, width)
         self.latent_out = nn.Linear(width, config.channels)
         # position embeddings at the scale of the noise at t = 1: copying a source is learned in hundreds of steps
@@ -158,8 +158,8 @@ class TinyEncoders(nn.Module):
         return self.lm_head(hidden)
 
     def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
-        hidden = functional.relu(self.read_in(self.encode_latents(images))).square()
-        return self.read_out(hidden) + self.read_position
+        hidden = functional.relu(self.patch_in(self.encode_latents(images))).square()
+        return self.patch_out(hidden) + self.patch_position
 
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
         size = self.config.image_size
@@ -219,9 +219,9 @@ class TinyPolicy(MoTPolicy):
         for layer in policy.transformer.layers:
             assert isinstance(layer, Layer)
             # k_proj = q_proj: a noisy token attends to the source token at its own position from the start
-            heads = layer.drawing.q_proj.weight.data.unflatten(0, (config.transformer.heads, -1))
+            heads = layer.generation.q_proj.weight.data.unflatten(0, (config.transformer.heads, -1))
             shared = config.transformer.heads // config.transformer.key_heads
-            layer.drawing.k_proj.weight.data.copy_(heads[::shared].flatten(0, 1))
+            layer.generation.k_proj.weight.data.copy_(heads[::shared].flatten(0, 1))
         return policy
 
     @property
@@ -274,13 +274,29 @@ class TinyPolicy(MoTPolicy):
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Reads what ``save`` wrote; the dtype is float32."""
         policy = cls.from_config(folder, device, dtype)
-        state, _ = read_weights(folder / "model.safetensors", "restore the file")
+        stored, _ = read_weights(folder / "model.safetensors", "restore the file")
+        state = {_current_name(name): tensor for name, tensor in stored.items()}
         own = policy.state_dict()
         wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
         if wrong:
             raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
         policy.load_state_dict(state)
         return policy.to(device)
+
+
+OLD_NAMES: Mapping[str, str] = {
+    "towers.read_": "encoders.patch_",
+    "towers.": "encoders.",
+    ".reading": ".understanding",
+    ".drawing": ".generation",
+}
+"""Parts of the names of tensors in files of lvrpo before 2026-12."""
+
+
+def _current_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _position_table(side: int, width: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ class TransformersPolicy(LibraryPolicy):
         return groups
 
     def checkpoint_gradients(self, on: bool) -> None:
-        """Whether layers of the transformer and of the reading encoder are computed again in the backward pass."""
+        """Whether layers of the transformer and of its vision encoder are computed again in the backward pass."""
         self.checkpointed = on
         for layer in self._checkpointed_layers():
             layer.gradient_checkpointing = on

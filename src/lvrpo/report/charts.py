@@ -250,7 +250,7 @@ def _tick(value: float, digits: int = 0) -> str:
     return text.replace("0.", ".", 1) if text.lstrip(MINUS).startswith("0.") else text
 
 
-EXPERTS = ("all", "reading", "drawing", "shared")
+EXPERTS = ("all", "understand", "generate", "shared")
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _samples_table(phases: Mapping[str, Results], difference: Results, full: boo
         for n, rival in found.get("against_best_of", {}).items():
             cells = [_change(rival) if k == "1" else "" for k in passes]
             rows.append(("", f"single sample minus best of {n} before", *cells, *[""] * (len(bests) + 2)))
-    note = "best of n: chosen by the frozen reading side of the judge; spread: standard deviation inside a group"
+    note = "best of n: chosen by the frozen understanding side of the judge; spread: standard deviation inside a group"
     note += f"; {DETECTABLE}" if difference else ""
     return TextTable("Samples of one prompt", ("benchmark", "", *heads), tuple(rows), note)
 

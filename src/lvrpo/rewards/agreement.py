@@ -22,8 +22,8 @@ Tally = dict[str, float]
 class Agreement(Config):
     """1 where the text is the answer that has most votes, else 0.
 
-    The frozen reading side weighs the different answers a_k that the group gave to question q about picture x; a_k has
-    exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds most likely,
+    The frozen understanding side weighs the different answers a_k that the group gave to question q about picture x;
+    a_k has exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds likeliest,
     whatever has become of the policy: greedy answers stay and sampled ones follow them.
 
     Two guards hold off the known collapse of agreement, in which every question gets one answer. A group whose first

@@ -27,7 +27,7 @@ SampleIndex = tuple[int, int]
 Failures = dict[SampleIndex, str]
 """Why outputs have no score."""
 Side = Literal["read", "draw"]
-"""read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
+"""read: the understanding side judges, by log-probs of texts; draw: the generation side, by log-probs of pictures."""
 SIDES: tuple[Side, ...] = get_args(Side)
 ROUNDING = 1e-3
 """Tolerance of a log-prob above 0."""

@@ -38,8 +38,8 @@ class EditConsistency(Config):
         stayed  = exp(- mean_j d_j(not R) / scale) mean_k c_k,    c_k: questions about what should stay,
 
     with d_j(M) the root mean square difference to the source over the pixels of patch j (``patch`` x ``patch``) that
-    lie in M, the mean over patches weighted by how many those are, and c_k the frozen reading side's confidence in the
-    right answer, given the result. A factor of which there is nothing to ask, or nothing to measure, is 1.
+    lie in M, the mean over patches weighted by how many those are, and c_k the frozen understanding side's confidence
+    in the right answer, given the result. A factor of which there is nothing to ask, or nothing to measure, is 1.
 
     R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
     rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches

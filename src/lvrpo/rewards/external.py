@@ -25,7 +25,7 @@ from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts
 
 OWN = "own"
-"""The ``source`` that is the policy's own frozen reading side."""
+"""The ``source`` that is the policy's own frozen understanding side."""
 SIGLIP_TYPES = ("siglip", "siglip2")
 """Fixed sizes (SigLIP, SigLIP 2) and any size (SigLIP 2 NaFlex)."""
 AT_ONCE = 32
@@ -98,7 +98,7 @@ class SiglipEncoder:
 
 
 class ExternalVLM:
-    """A model of ``transformers`` that reads pictures and writes, in a local folder: a judge like the reading side."""
+    """A model of ``transformers`` that reads images and writes, in a local folder: a judge like the policy's own."""
 
     image_size = None
     """It resizes pictures itself."""

@@ -54,7 +54,7 @@ class Semantic(Config):
         dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
 
     A model that was never trained to match embeddings orders drawings only a little better than chance in this way
-    (docs/reference/rewards.md has the numbers): ``self_vqa`` asks the same reading side and hears much more.
+    (docs/reference/rewards.md has the numbers): ``self_vqa`` asks the same understanding side and hears much more.
 
     Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so
     once. It does not apply to edits, whose instruction describes no picture.
@@ -70,7 +70,7 @@ class Semantic(Config):
     top: int = Field(default=4, ge=1, le=100_000)
     """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
     source: SiglipSource = OWN
-    """"own": the frozen reading side of the policy, no encoder being added: states of picture and text, each read
+    """"own": the frozen understanding side of the policy, no encoder being added: states of picture and text, each read
     alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
     choice (``pip install 'lvrpo[external]'``)."""
     layer: Natural = 1
@@ -126,7 +126,7 @@ class Semantic(Config):
         return float(similar.topk(min(self.top, similar.shape[1]), dim=1).values.mean())
 
     def _own(self, parts: Sequence[str | torch.Tensor], judge: Judge) -> list[torch.Tensor]:
-        found = require_method(judge, "reading_states").reading_states(parts, self.layer)
+        found = require_method(judge, "hidden_states").hidden_states(parts, self.layer)
         return [states.float().cpu() for states in found]
 
     def _text(self, prompt: Prompt) -> str:
@@ -146,7 +146,7 @@ class _Asks(Config):
     hints: ClassVar = RENAMED_OPTIONS
 
     source: ReaderSource = OWN
-    """The reader: "own", the policy's frozen reading side; or a local folder of a vision-language model of
+    """The reader: "own", the policy's frozen understanding side; or a local folder of a vision-language model of
     ``transformers``, as in the paper (``pip install 'lvrpo[external]'``)."""
     choices: Choices | None = None
     """See ``choices`` of ``self_vqa``."""

@@ -1,7 +1,7 @@
 """Per-task gradients: audit of their norms and cosines per expert and layer, and mixing of conflicting gradients.
 
-Metrics: ``gradient/norm/TASK/PART`` and ``gradient/cosine/TASK+TASK/PART``, where PART is ``all``, an expert (reading,
-drawing, shared), or a layer of an expert (``reading/layer_2``).
+Metrics: ``gradient/norm/TASK/PART`` and ``gradient/cosine/TASK+TASK/PART``, where PART is ``all``, an expert
+(understand, generate, shared), or a layer of an expert (``understand/layer_2``).
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from lvrpo.types import TASKS, TaskKind
 
 Mixing = Literal["sum", "pcgrad", "norm_balanced"]
 
-EXPERTS: Mapping[str, str] = {"understand": "reading", "generate": "drawing"}
-"""Names of ``Policy.parameter_groups`` in the metrics."""
-
 
 class GradientAuditConfig(Config):
     """The gradient audit."""
@@ -46,9 +43,7 @@ class GradientsByTask:
     def __init__(self, policy: Policy) -> None:
         """``policy``: outside ``whole_weights`` if sharded."""
         assert isinstance(policy, nn.Module)
-        expert_of = {
-            id(p): EXPERTS.get(expert, expert) for expert, params in policy.parameter_groups().items() for p in params
-        }
+        expert_of = {id(p): expert for expert, params in policy.parameter_groups().items() for p in params}
         self.parameters = {name: p for name, p in policy.named_parameters() if id(p) in expert_of}
         self.expert_of = {name: expert_of[id(p)] for name, p in self.parameters.items()}
         self.tasks: dict[TaskKind, dict[str, Tensor]] = {}

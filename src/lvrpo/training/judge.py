@@ -74,7 +74,7 @@ class JudgeRows:
         if self.questions:
             found["held_out"] = lambda policy: answer_probability(policy, self.questions)
         if self.pictures:
-            found["held_out_drawing"] = lambda policy: description_posterior(policy, self.pictures)
+            found["held_out_generation"] = lambda policy: description_posterior(policy, self.pictures)
         return found
 
 
@@ -213,7 +213,7 @@ def build_judge_rows(
     pictures = list(examples()) if "draw" in sides else []
     if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({e.prompt.text for e in pictures}) < 2):
         raise InputError(
-            f"judge.refresh_every={config.refresh_every}: a reward asks the drawing side of the judge, and only "
+            f"judge.refresh_every={config.refresh_every}: a reward asks the generation side of the judge, and only "
             f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "
             f"'generate' a target, at least {MIN_QUESTIONS} of two descriptions, or leave it out"
         )

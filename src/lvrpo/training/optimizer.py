@@ -199,7 +199,10 @@ def set_optimizer_moments(
     """
     unknown = sorted(moments.keys() - {name for name, _ in named})
     if unknown:
-        raise InputError(f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run")
+        raise InputError(
+            f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run and the version of "
+            "lvrpo in its manifest.json"
+        )
     for optimizer in optimizers:
         params = {p for group in optimizer.param_groups for p in group["params"]}
         optimizer.state.clear()

@@ -93,7 +93,7 @@ class Representation(nn.Module):
 
     def forward(self, features: Tensor, images: Sequence[Image]) -> Tensor:
         """Hidden states (B, N, D) on noisy images, and the clean images, to a loss per image (B,)."""
-        targets = self.teacher.reading_features(images, self.config.target_layer)
+        targets = self.teacher.image_features(images, self.config.target_layer)
         return repa_loss(self.head(features), targets)
 
     def step(self, rate: float) -> None:
@@ -210,7 +210,7 @@ class PretrainConfig(Config):
         if self.condition_dropout + self.picture_dropout > 1:
             raise ValueError(f"picture_dropout={self.picture_dropout}: with condition_dropout it has to be at most 1")
         if self.representation.weight and self.init is None:
-            raise ValueError("representation.weight needs a reading side that has learned to read: set init")
+            raise ValueError("representation.weight needs a understanding side that has learned to read: set init")
         return self
 
 

@@ -73,7 +73,7 @@ def small() -> BagelPolicy:
             if not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
         for name, parameter in policy.named_parameters():
-            if ".drawing." in name:  # the experts start alike
+            if ".generation." in name:  # the experts start alike
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
     return policy
 

@@ -286,17 +286,17 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["ask", model, "--image", str(source), "what is it", *few]) == 0
     assert main(["ask", model, "--image", str(source), "what is it", "--dtype", "bfloat16", *few]) == 0
     assert main(["ask", model, "--image", str(source), "what is it", "--think", *few]) == 0
-    drawing = ["--num-steps", "2", *few]
+    generation = ["--num-steps", "2", *few]
     out = tmp_path / "out"
-    assert main(["generate", model, "--prompt", "a red circle", "--out", str(out), "--size", "12x8", *drawing]) == 0
+    assert main(["generate", model, "--prompt", "a red circle", "--out", str(out), "--size", "12x8", *generation]) == 0
     with PilImage.open(out / "00000.png") as drawn:
         assert drawn.size == (12, 8)
     thought = tmp_path / "thought"
-    assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), "--think", *drawing]) == 0
+    assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), "--think", *generation]) == 0
     assert "thought" in json.loads((thought / "index.jsonl").read_text())
     edited = tmp_path / "edited.png"
     edit = ["edit", model, "--image", str(source), "make it red", "--out"]
-    assert main([*edit, str(edited), *drawing]) == 0
+    assert main([*edit, str(edited), *generation]) == 0
     with PilImage.open(edited) as drawn:
         assert drawn.size == (16, 8)
     assert capsys.readouterr().err == ""
@@ -306,7 +306,7 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "least": ["--renorm-min", "0.9"],
         "interval": ["--guidance-interval", "0", "0.1"],
     }.items():
-        assert main([*edit, str(tmp_path / f"{name}.png"), *drawing, *chosen]) == 0
+        assert main([*edit, str(tmp_path / f"{name}.png"), *generation, *chosen]) == 0
     drawings = {(tmp_path / f"{name}.png").read_bytes() for name in ("default", "renorm", "least", "interval")}
     assert len(drawings) == 4
     capsys.readouterr()
@@ -316,11 +316,11 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ("--guidance-interval", "0.5", "0.5"): "--guidance-interval 0.5 0.5: guides no step",
         ("--guidance-interval", "0", "nan"): "nan: must be a number from 0 to 1",
     }.items():
-        assert main([*edit, str(tmp_path / "bad.png"), *drawing, *chosen]) == 2
+        assert main([*edit, str(tmp_path / "bad.png"), *generation, *chosen]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
-    odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x14", *drawing]
+    odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x14", *generation]
     assert main(odd) == 2
     assert capsys.readouterr().err == "error: a picture of 10 x 14 pixels: use multiples of 4, such as 8 x 16\n"
 
@@ -376,13 +376,13 @@ def test_sizes_that_do_not_fit(sizes: str, message: str, tmp_path: Path, capsys:
 def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None:
     parts = [picture(1), "a red circle", picture(2, 8, 16), "blue"]
     for layer in (0, 2):
-        states = small.reading_states(parts, layer)
+        states = small.hidden_states(parts, layer)
         grids = [small.encoders.vision_grid(part) for part in parts if isinstance(part, torch.Tensor)]
         words = [len(small.tokenizer.encode(part)) for part in parts if isinstance(part, str)]
         assert [len(s) for s in states] == [grids[0][0] * grids[0][1], words[0], grids[1][0] * grids[1][1], words[1]]
         assert grids[0] != grids[1]
         for part, state in zip(parts, states, strict=True):
-            assert torch.allclose(small.reading_states([part], layer)[0], state, atol=1e-5)
+            assert torch.allclose(small.hidden_states([part], layer)[0], state, atol=1e-5)
 
 
 def test_images_pass_the_autoencoder_in_parts(small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

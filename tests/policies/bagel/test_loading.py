@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -60,8 +61,9 @@ def test_groups_of_parameters(small: BagelPolicy) -> None:
     trained = [p for p in small.parameters() if p.requires_grad]
     assert sum(map(len, groups.values())) == len(trained)
     names = {id(p): n for n, p in small.named_parameters()}
-    assert [names[id(p)] for p in groups["shared"]] == ["towers.embed_tokens_table.weight"]
-    assert all(".reading" in n or "read_" in n or "lm_head" in n for n in (names[id(p)] for p in groups["understand"]))
+    assert [names[id(p)] for p in groups["shared"]] == ["encoders.embed_tokens_table.weight"]
+    own = re.compile(r"understanding|lm_head|encoders\.(vit|connector)")
+    assert all(own.search(names[id(p)]) for p in groups["understand"])
 
 
 def test_weights_arrive_in_pieces_of_any_size(saved: Path, small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +142,7 @@ def test_a_fine_tuned_folder_lies_over_its_base(saved: Path, small: BagelPolicy,
     save_file(rest, tuned / "model.safetensors")
     loaded = BagelPolicy.load(tuned, base=saved).state_dict()
     for name, tensor in small.state_dict().items():
-        kept = "read_vit" in name or "latent_vae" in name
+        kept = "encoders.vit." in name or "latent_vae" in name
         assert torch.equal(loaded[name], tensor if kept else tensor + 1), name
 
 
@@ -164,10 +166,10 @@ def test_an_output_layer_that_is_tied_and_left_out_is_the_table_of_words(folder:
     """As in Qwen's small models."""
     edit_json(folder, "llm_config.json", tie_word_embeddings=True)
     with_head = load_policy(folder).state_dict()
-    assert not torch.equal(with_head["towers.lm_head.weight"], with_head["towers.embed_tokens_table.weight"])
+    assert not torch.equal(with_head["encoders.lm_head.weight"], with_head["encoders.embed_tokens_table.weight"])
     rewrite(folder, lambda state: state.pop("language_model.lm_head.weight"))
     state = load_policy(folder).state_dict()
-    assert torch.equal(state["towers.lm_head.weight"], with_head["towers.embed_tokens_table.weight"])
+    assert torch.equal(state["encoders.lm_head.weight"], with_head["encoders.embed_tokens_table.weight"])
     edit_json(folder, "llm_config.json", tie_word_embeddings=False)
     with pytest.raises(InputError, match=r"1 tensor is missing: language_model\.lm_head\.weight"):
         load_policy(folder)
@@ -247,19 +249,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: repeat_layer(f, "language_model.model.layers.", 1, 2),
         r"holds language_model\.model\.layers\.2, llm_config\.num_hidden_layers=2: use",
     ),
-    "last layer of the reading tower missing": (
+    "last layer of the vision tower missing": (
         lambda f: without(f, "vit_model.vision_model.encoder.layers.1."),
         r"holds no \S+encoder\.layers\.1, vit_config\.num_hidden_layers=3 wants 2 layers: fetch",
     ),
-    "first layer of the reading tower missing": (
+    "first layer of the vision tower missing": (
         lambda f: without(f, "vit_model.vision_model.encoder.layers.0."),
         r"holds no \S+encoder\.layers\.0, vit_config\.num_hidden_layers=3 wants 2 layers: fetch",
     ),
-    "two layers of the reading tower too many": (
+    "two layers of the vision tower too many": (
         lambda f: [repeat_layer(f, "vit_model.vision_model.encoder.layers.", 1, i) for i in (2, 3)],
         r"holds \S+encoder\.layers\.3, vit_config\.num_hidden_layers=3: use",
     ),
-    "heads of the reading tower that do not fit": (
+    "heads of the vision tower that do not fit": (
         lambda f: edit_json(f, "vit_config.json", num_attention_heads=5),
         r"vit_config: width=16, heads=5: the width must be a multiple of the heads",
     ),

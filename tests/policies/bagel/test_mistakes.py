@@ -54,11 +54,11 @@ def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other
 
 
 def markers_of_a_noisy_picture_drawn(parity: Any, patch: Patch) -> None:
-    swapped_experts(parity, patch, noisy_only=True, one="reading", other="drawing")
+    swapped_experts(parity, patch, noisy_only=True, one="understanding", other="generation")
 
 
 def clean_latents_read(parity: Any, patch: Patch) -> None:
-    swapped_experts(parity, patch, noisy_only=False, one="drawing", other="reading")
+    swapped_experts(parity, patch, noisy_only=False, one="generation", other="understanding")
 
 
 def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], RowLayout]) -> None:
@@ -70,14 +70,14 @@ def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], R
 def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
         n = len(layout.rope_ids)
-        return RowLayout(layout.drawing, np.arange(n), layout.visible, n)
+        return RowLayout(layout.generation, np.arange(n), layout.visible, n)
 
     other_layout(patch, change)
 
 
 def causal_inside_pictures(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
-        return RowLayout(layout.drawing, layout.rope_ids, np.tril(layout.visible), layout.rope_advance)
+        return RowLayout(layout.generation, layout.rope_ids, np.tril(layout.visible), layout.rope_advance)
 
     other_layout(patch, change)
 
@@ -85,7 +85,7 @@ def causal_inside_pictures(parity: Any, patch: Patch) -> None:
 def noisy_pictures_seen_by_all(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
         visible = layout.visible | np.tril(np.ones_like(layout.visible))
-        return RowLayout(layout.drawing, layout.rope_ids, visible, layout.rope_advance)
+        return RowLayout(layout.generation, layout.rope_ids, visible, layout.rope_advance)
 
     other_layout(patch, change)
 
@@ -107,14 +107,14 @@ def sine_before_cosine(parity: Any, patch: Patch) -> None:
 
 
 def no_time_for_clean_latents(parity: Any, patch: Patch) -> None:
-    towers = parity.policy.encoders
-    right = towers.embed_latents
+    encoders = parity.policy.encoders
+    right = encoders.embed_latents
 
     def mistaken(latents: torch.Tensor, t: torch.Tensor, grid: Any) -> torch.Tensor:
-        time = towers.time_out(functional.silu(towers.time_in(torch.cat([torch.ones(128), torch.zeros(128)]))))
+        time = encoders.time_out(functional.silu(encoders.time_in(torch.cat([torch.ones(128), torch.zeros(128)]))))
         return right(latents, t, grid) - (time if not t.any() else 0)
 
-    patch.setattr(towers, "embed_latents", mistaken)
+    patch.setattr(encoders, "embed_latents", mistaken)
 
 
 def wrong_sign(parity: Any, patch: Patch) -> None:
@@ -143,8 +143,8 @@ def mean_instead_of_the_draw(parity: Any, patch: Patch) -> None:
 
 
 def table_computed_anew(parity: Any, patch: Patch) -> None:
-    towers, config = parity.policy.encoders, parity.policy.config
-    towers.latent_position = position_table(config.latent_side, config.transformer.width)
+    encoders, config = parity.policy.encoders, parity.policy.config
+    encoders.latent_position = position_table(config.latent_side, config.transformer.width)
 
 
 def rows_before_columns(parity: Any, patch: Patch) -> None:
@@ -153,7 +153,7 @@ def rows_before_columns(parity: Any, patch: Patch) -> None:
 
 
 def no_norm_after_the_reading_tower(parity: Any, patch: Patch) -> None:
-    parity.policy.encoders.read_vit.post_layernorm = nn.Identity()
+    parity.policy.encoders.vit.post_layernorm = nn.Identity()
 
 
 def exact_gelu(parity: Any, patch: Patch) -> None:
@@ -226,8 +226,8 @@ def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, 
 def test_stored_tables_are_the_formula_rounded(parity: Any) -> None:
     if not parity.whole:
         pytest.skip("the excerpt has the tables' first rows alone")
-    config, towers = parity.policy.config, parity.policy.encoders
-    for table, side in ((towers.latent_position, config.latent_side), (towers.read_position, config.vit.side)):
+    config, encoders = parity.policy.config, parity.policy.encoders
+    for table, side in ((encoders.latent_position, config.latent_side), (encoders.vit_position, config.vit.side)):
         expected = position_table(side, config.transformer.width)
         assert float((table - expected.bfloat16().float()).abs().max()) < 1e-2
         assert float((table - expected).abs().max()) <= 2**-8

@@ -48,7 +48,7 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
     parity.policy = BagelPolicy.load(vectors / "checkpoint", device, torch.bfloat16, settings=settings)
     ref, runner = parity.vectors("a_text"), parity.policy.runner
     hidden = runner.run([runner.row((parity.meta["a_text"]["prompt"],), False)], runner.transformer.empty_cache(1))
-    logits = parity.policy.encoders.text_logits(hidden.reading)
+    logits = parity.policy.encoders.text_logits(hidden.understanding)
     assert logits.dtype == torch.bfloat16
     if "prefill_logits" in ref:
         assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1e-2

@@ -136,10 +136,10 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_pictures_are_as_loud_as_their_places() -> None:
-    towers = create_bagel(SIZES.model_copy(update={"vit_width": 64})).encoders
-    pixels = torch.stack([towers.read_pixels(image) for image in scenes(0, 24)])
+    encoders = create_bagel(SIZES.model_copy(update={"vit_width": 64})).encoders
+    pixels = torch.stack([encoders.read_pixels(image) for image in scenes(0, 24)])
     with torch.no_grad():
-        embedded = towers.read_embed(pixels)
+        embedded = encoders.read_embed(pixels)
     assert 0.5 < float(embedded.std(dim=0).mean()) < 1.5  # torch's defaults give 0.08
 
 

@@ -91,7 +91,9 @@ def test_a_reward_that_needs_a_reading_side_is_refused_before_anything_is_loaded
     monkeypatch.setattr(DiffusersPolicy, "load", never)
     changes = [*small(folders("sd3-tiny")), "rewards=[{name: 'spread:Spread'}, {name: self_vqa, weight: 0.1}]"]
     config = load_config(TrainConfig, shipped_configs()["sd35_medium"], changes)
-    with pytest.raises(InputError, match=r"rewards\.self_vqa: asks the reading side of the policy's initial weights"):
+    with pytest.raises(
+        InputError, match=r"rewards\.self_vqa: asks the understanding side of the policy's initial weights"
+    ):
         Trainer.start(config, Path("run"))
     assert not Path("run").exists()
 

@@ -152,11 +152,11 @@ def test_both_sides_judge(policy: ImageTokenPolicy, prompts: list[Prompt]) -> No
     assert torch.equal(found[:, 0], found[:, 1])
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
-    words, picture = policy.reading_states(["a red circle", parts[0]], 1)
-    assert words.shape == (len(policy.reading_row("a red circle")[1]), 64)
+    words, picture = policy.hidden_states(["a red circle", parts[0]], 1)
+    assert words.shape == (len(policy.input_row("a red circle")[1]), 64)
     assert picture.shape == (16, 64)
     with pytest.raises(InputError, match="layer=3: the policy has 2 layers"):
-        policy.reading_states(["a"], 3)
+        policy.hidden_states(["a"], 3)
 
 
 PLAIN = Prompt("s", "generate", ("x",), ("image",))

@@ -238,7 +238,7 @@ def test_both_sides_judge_and_imitate(mmada: MmadaPolicy, prompts: list[Prompt])
     picture = prompts[0].parts[0]
     assert isinstance(picture, torch.Tensor)
     assert mmada.image_logprob([("a red circle",)], [picture], 2, [0]).shape == (1, 2)
-    words, seen = mmada.reading_states(["a red circle", picture], 1)
+    words, seen = mmada.hidden_states(["a red circle", picture], 1)
     assert words.shape == (len(mmada.layout.encode("a red circle")), 64)
     assert seen.shape == (16, 64)
     losses = mmada.supervised_losses([Example(prompts[0], ("yes",))], torch.Generator().manual_seed(0))

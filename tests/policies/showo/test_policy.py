@@ -183,11 +183,11 @@ def test_both_sides_judge(showo: ShowoPolicy, prompts: list[Prompt]) -> None:
     found = showo.image_logprob([("a red circle",), ("yes",)], [image] * 2, 2, [0, 0])
     assert found.shape == (2, 2)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
-    words, picture = showo.reading_states(["a red circle", prompts[0].parts[0]], 1)
+    words, picture = showo.hidden_states(["a red circle", prompts[0].parts[0]], 1)
     assert words.shape == (len(showo.layout.encode("a red circle")), 64)
     assert picture.shape == (16, 64)
     with pytest.raises(InputError, match="layer=3: the policy has 2 layers"):
-        showo.reading_states(["a"], 3)
+        showo.hidden_states(["a"], 3)
     assert missing_members(showo) == []
 
 

@@ -117,14 +117,14 @@ def test_the_likelihood_of_an_answer_is_that_of_its_replay(showo2: Showo2Policy,
 def test_states_of_parts_are_those_at_the_start_of_a_row(showo2: Showo2Policy, layer: int) -> None:
     """A longer text has the same first states, as places see only what is before them."""
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(7))
-    short, long, read = showo2.reading_states(["a red", "a red circle above", picture], layer)
+    short, long, read = showo2.hidden_states(["a red", "a red circle above", picture], layer)
     assert 0 < len(short) < len(long)
     assert torch.allclose(short, long[: len(short)], atol=1e-5)
     rows, columns = showo2.model.sizes.grid
     assert read.shape == (rows * columns, short.shape[1])
-    assert float((read - showo2.reading_states([picture.flip(-1)], layer)[0]).abs().max()) > 1e-3
+    assert float((read - showo2.hidden_states([picture.flip(-1)], layer)[0]).abs().max()) > 1e-3
     with pytest.raises(InputError, match="layer=9: the policy has 2 layers"):
-        showo2.reading_states(["a"], 9)
+        showo2.hidden_states(["a"], 9)
 
 
 def test_latents_of_a_picture_are_computed_once(showo2: Showo2Policy, prompts: list[Prompt]) -> None:

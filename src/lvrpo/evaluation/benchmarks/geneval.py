@@ -281,7 +281,7 @@ GENEVAL_VQA = PublishedBenchmark(
     SOURCE,
     (METADATA,),
     553,
-    "nothing: the model's own reading side, or --judge MODEL",
+    "nothing: the model's own understanding side, or --judge MODEL",
     "MIT",
     build_geneval_vqa,
     read_prompts,

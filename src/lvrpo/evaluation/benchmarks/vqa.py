@@ -1,6 +1,6 @@
 """Benchmarks whose prompts come with questions: GenEval 2 and DPG-Bench, by one scorer for all judges.
 
-The judge is the model's own frozen reading side, a model of ``transformers`` in a folder, or one behind an
+The judge is the model's own frozen understanding side, a model of ``transformers`` in a folder, or one behind an
 OpenAI-compatible address.
 """
 
@@ -219,7 +219,7 @@ def question_benchmark(
     return image_benchmark(name, prompts, scorer, data, scorer.judged_by, samples=samples, mean_over=mean_over)
 
 
-NEEDS = "nothing: the model's own reading side, --judge MODEL; or --vlm FOLDER or ENDPOINT.yaml"
+NEEDS = "nothing: the model's own understanding side, --judge MODEL; or --vlm FOLDER or ENDPOINT.yaml"
 GENEVAL2 = PublishedBenchmark(
     "geneval2",
     "github.com/facebookresearch/GenEval2 (arXiv:2512.16853)",

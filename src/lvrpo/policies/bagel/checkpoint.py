@@ -12,23 +12,23 @@ _LAYER: Mapping[str, str] = {
     "down_proj": "mlp{}.down_proj",
     **{part: f"self_attn.{part}{{}}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
 }
-"""Part of an expert -> module of an official layer; the braces take the suffix of the drawing expert."""
+"""Part of an expert -> module of an official layer; the braces take the suffix of the generation expert."""
 _PREFIXES: Mapping[str, str] = {
-    "transformer.reading_norm.": "language_model.model.norm.",
-    "transformer.drawing_norm.": "language_model.model.norm_moe_gen.",
-    "towers.embed_tokens_table.": "language_model.model.embed_tokens.",
-    "towers.lm_head.": "language_model.lm_head.",
-    "towers.read_vit.": "vit_model.vision_model.",
-    "towers.read_connector_in.": "connector.fc1.",
-    "towers.read_connector_out.": "connector.fc2.",
-    "towers.read_position": "vit_pos_embed.pos_embed",
-    "towers.latent_in.": "vae2llm.",
-    "towers.latent_out.": "llm2vae.",
-    "towers.latent_position": "latent_pos_embed.pos_embed",
-    "towers.time_in.": "time_embedder.mlp.0.",
-    "towers.time_out.": "time_embedder.mlp.2.",
+    "transformer.understanding_norm.": "language_model.model.norm.",
+    "transformer.generation_norm.": "language_model.model.norm_moe_gen.",
+    "encoders.embed_tokens_table.": "language_model.model.embed_tokens.",
+    "encoders.lm_head.": "language_model.lm_head.",
+    "encoders.vit.": "vit_model.vision_model.",
+    "encoders.connector_in.": "connector.fc1.",
+    "encoders.connector_out.": "connector.fc2.",
+    "encoders.vit_position": "vit_pos_embed.pos_embed",
+    "encoders.latent_in.": "vae2llm.",
+    "encoders.latent_out.": "llm2vae.",
+    "encoders.latent_position": "latent_pos_embed.pos_embed",
+    "encoders.time_in.": "time_embedder.mlp.0.",
+    "encoders.time_out.": "time_embedder.mlp.2.",
 }
-VAE = "towers.latent_vae."
+VAE = "encoders.latent_vae."
 """Prefix of the tensors of ae.safetensors; the rest is the official name."""
 
 EMBED_TOKENS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -41,7 +41,7 @@ def official_name(name: str) -> str:
         return name.removeprefix(VAE)
     if name.startswith("transformer.layers."):
         _, _, layer, expert, part, leaf = name.split(".")
-        module = _LAYER[part].format("_moe_gen" if expert == "drawing" else "")
+        module = _LAYER[part].format("_moe_gen" if expert == "generation" else "")
         return f"language_model.model.layers.{layer}.{module}.{leaf}"
     for own, official in _PREFIXES.items():
         if name.startswith(own):

@@ -30,7 +30,7 @@ class BagelSettings(Config):
     """Settings that no published file has; the defaults are those of BAGEL-7B-MoT."""
 
     latent_resize: ResizeRule = ResizeRule(max_side=1024, min_side=512, stride=16)
-    """Resizing of every input image: the drawing side sees the result, the reading side ``read_resize`` of it."""
+    """Resizing of every input image: the autoencoder sees the result, the vision encoder ``read_resize`` of it."""
     read_resize: ResizeRule = ResizeRule(max_side=980, min_side=224, stride=14)
     image_size: tuple[int, int] = (1024, 1024)
     """Height and width of an image generated without a source image."""
@@ -39,11 +39,11 @@ class BagelSettings(Config):
     training_shift: float = Field(default=4.0, gt=0)
     """Shift of the timesteps of the flow loss; the default is that of the published fine-tuning."""
     drop_text: float = Field(default=0.1, ge=0, le=1)
-    """Share of the texts that supervised drawing leaves out, so that guidance has its branch."""
+    """Share of the texts that supervised generation leaves out, so that guidance has its branch."""
     drop_latent: float = Field(default=0.3, ge=0, le=1)
-    """The same of source images on the drawing side."""
+    """The same of source images on the generation side."""
     drop_read: float = Field(default=0.3, ge=0, le=1)
-    """The same of source images on the reading side."""
+    """The same of source images on the understanding side."""
 
 
 class BagelConfig(Config):

@@ -88,14 +88,14 @@ def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
         policy = BagelPolicy(config, tokenizer)
-    towers = policy.encoders
-    towers.latent_position = position_table(config.latent_side, sizes.width).bfloat16().float()
-    towers.read_position = position_table(config.vit.side, sizes.width).bfloat16().float()
+    encoders = policy.encoders
+    encoders.latent_position = position_table(config.latent_side, sizes.width).bfloat16().float()
+    encoders.vit_position = position_table(config.vit.side, sizes.width).bfloat16().float()
     with torch.no_grad():
         for layer in policy.transformer.layers:
-            layer.get_submodule("drawing").load_state_dict(layer.get_submodule("reading").state_dict())
-        towers.latent_out.weight.zero_()
-        towers.latent_out.bias.zero_()
+            layer.get_submodule("generation").load_state_dict(layer.get_submodule("understanding").state_dict())
+        encoders.latent_out.weight.zero_()
+        encoders.latent_out.bias.zero_()
         _normalize_image_features(policy, sizes)
     return policy
 
@@ -106,14 +106,14 @@ def _normalize_image_features(policy: BagelPolicy, sizes: BagelSizes) -> None:
     With torch's defaults an image moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
     does not begin within thousands of steps.
     """
-    towers, side = policy.encoders, sizes.image_size // sizes.patch_size * sizes.patch_size
+    encoders, side = policy.encoders, sizes.image_size // sizes.patch_size * sizes.patch_size
     generator = torch.Generator().manual_seed(sizes.seed)
-    places = towers.read_vit.embeddings["position_embedding"].weight
+    places = encoders.vit.embeddings["position_embedding"].weight
     assert isinstance(places, torch.Tensor)
     places.normal_(std=0.02, generator=generator)
     pixels = torch.rand(16, 3, side, side, generator=generator) * 2 - 1
-    spread = towers.read_embed(pixels).std(dim=0).mean()
-    towers.read_connector_out.weight /= spread
+    spread = encoders.read_embed(pixels).std(dim=0).mean()
+    encoders.connector_out.weight /= spread
 
 
 def bagel_config(sizes: BagelSizes) -> BagelConfig:

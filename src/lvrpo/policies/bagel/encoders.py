@@ -57,21 +57,21 @@ class BagelEncoders(nn.Module):
         self._latents = LatentCache()
         self.embed_tokens_table = nn.Embedding(config.vocabulary_size, width)
         self.lm_head = nn.Linear(width, config.vocabulary_size, bias=False)
-        self.read_vit = Vit(config.vit)
-        self.read_connector_in = nn.Linear(config.vit.width, width)
-        self.read_connector_out = nn.Linear(width, width)
+        self.vit = Vit(config.vit)
+        self.connector_in = nn.Linear(config.vit.width, width)
+        self.connector_out = nn.Linear(width, width)
         self.latent_vae = Vae(config.vae)
         self.latent_in = nn.Linear(config.channels, width)
         self.latent_out = nn.Linear(width, config.channels)
         self.time_in = nn.Linear(TIME_WIDTH, width)
         self.time_out = nn.Linear(width, width)
         # stored tables, rounded to bfloat16: computed anew they would move outputs by 1e-3
-        self.register_buffer("read_position", torch.empty(config.vit.side**2, width))
+        self.register_buffer("vit_position", torch.empty(config.vit.side**2, width))
         self.register_buffer("latent_position", torch.empty(config.latent_side**2, width))
         half = TIME_WIDTH // 2
         exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
         self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
-        self.read_position: torch.Tensor
+        self.vit_position: torch.Tensor
         self.latent_position: torch.Tensor
         self.frequencies: torch.Tensor
 
@@ -115,7 +115,7 @@ class BagelEncoders(nn.Module):
             )
         return grid
 
-    # ---------------------------------------------------------------- reading
+    # ---------------------------------------------------------------- understanding
     def read_pixels(self, image: Image) -> torch.Tensor:
         """Input of the vision encoder: (3, h, w) in [-1, 1]."""
         settings = self.config.settings
@@ -127,14 +127,14 @@ class BagelEncoders(nn.Module):
     def read_embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, h, w) -> (B, N, D)."""
         patch = self.config.vit.patch_size
-        weight = self.read_connector_in.weight
+        weight = self.connector_in.weight
         places = position_ids(pixels.shape[2] // patch, pixels.shape[3] // patch, self.config.vit.side)
         places = places.to(weight.device)
-        features = self.read_vit(patchify(pixels, patch).to(weight), places)
-        hidden = functional.gelu(self.read_connector_in(features), approximate="tanh")
-        return self.read_connector_out(hidden) + self.read_position[places]
+        features = self.vit(patchify(pixels, patch).to(weight), places)
+        hidden = functional.gelu(self.connector_in(features), approximate="tanh")
+        return self.connector_out(hidden) + self.vit_position[places]
 
-    # ---------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------- generation
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
         weight = self.latent_vae.encoder.conv_in.weight  # changes with the autoencoder, which is otherwise frozen
         state = id(weight), weight._version, weight.device, self.posterior_noise

@@ -69,17 +69,13 @@ class BagelPolicy(MoTPolicy):
 
     model_type = "bagel"
     has_condition_dropout = True
-    towers: BagelEncoders  # type: ignore[assignment]  # narrower than the core's protocol
+    encoders: BagelEncoders  # type: ignore[assignment]  # narrower than the core's protocol
 
     def __init__(self, config: BagelConfig, tokenizer: BagelTokenizer) -> None:
         super().__init__(MoT(config.transformer), BagelEncoders(config), tokenizer)
         self.config = config
         self.max_tokens = MAX_TOKENS
         """Most tokens of a forward pass, contexts and outputs together."""
-
-    @property
-    def encoders(self) -> BagelEncoders:
-        return self.towers
 
     @property
     def image_size(self) -> None:
@@ -343,7 +339,7 @@ class BagelPolicy(MoTPolicy):
     def _convolution(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor that a plain SigLIP stores as a convolution."""
         vit = self.config.vit
-        is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
+        is_patches = name == "encoders.vit.embeddings.patch_embedding.weight"
         return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
 
 
@@ -404,11 +400,11 @@ class Targets:
     labels: torch.Tensor
     """int64 (n,): the tokens to predict."""
     label_rows: torch.Tensor
-    """int64 (n,): rows of the reading block that predict them."""
+    """int64 (n,): rows of the understanding block that predict them."""
     label_weights: torch.Tensor
     """float32 (n,): 1 / sqrt(predicted tokens of the text)."""
     velocity_rows: torch.Tensor
-    """int64 (m,): rows of the drawing block with a flow loss."""
+    """int64 (m,): rows of the generation block with a flow loss."""
     velocities: torch.Tensor
     """float32 (m, C): noise - latent."""
 
@@ -444,24 +440,24 @@ def find_targets(rows: Sequence[TrainedRow], channels: int, device: torch.device
     weights: list[float] = []
     velocity_rows: list[int] = []
     velocities: list[torch.Tensor] = []
-    reading = drawing = 0
+    understanding = generation = 0
     for trained in (trained for row in rows for trained in row):
         piece = trained.piece
         ids = len(piece.ids)
         if trained.loss and piece.span.kind == "text":
             labels += piece.ids[1:]
-            label_rows += range(reading, reading + ids - 1)
+            label_rows += range(understanding, understanding + ids - 1)
             weights += [(ids - 1) ** -0.5] * (ids - 1)
         if trained.next_id is not None:
             labels.append(trained.next_id)
-            label_rows.append(reading + ids - 1)
+            label_rows.append(understanding + ids - 1)
             weights.append(1.0)
-        reading += ids
+        understanding += ids
         tokens = piece.span.length - ids
         if trained.loss and trained.noise is not None and trained.clean is not None:
-            velocity_rows += range(drawing, drawing + tokens)
+            velocity_rows += range(generation, generation + tokens)
             velocities.append(trained.noise - trained.clean)
-        drawing += tokens
+        generation += tokens
     return Targets(
         labels=torch.tensor(labels, dtype=torch.int64, device=device),
         label_rows=torch.tensor(label_rows, dtype=torch.int64, device=device),
@@ -476,9 +472,9 @@ def packed_losses(runner: ModelRunner, rows: Sequence[TrainedRow]) -> PackedLoss
     pieces = [tuple(trained.piece for trained in row) for row in rows]
     hidden = runner.run(pieces, runner.transformer.empty_cache(len(rows)), extend=False)
     encoders = runner.encoders
-    targets = find_targets(rows, encoders.channels, hidden.reading.device)
-    logits = encoders.text_logits(hidden.reading.index_select(0, targets.label_rows)).float()
-    selected = hidden.drawing.index_select(0, targets.velocity_rows)
+    targets = find_targets(rows, encoders.channels, hidden.understanding.device)
+    logits = encoders.text_logits(hidden.understanding.index_select(0, targets.label_rows)).float()
+    selected = hidden.generation.index_select(0, targets.velocity_rows)
     still = targets.velocities.new_zeros(0)
     velocity = encoders.velocity(selected, still, still)
     return PackedLosses(

@@ -174,8 +174,8 @@ class Emu3Policy(ImageTokenPolicy):
         """The row of an empty prompt."""
         return Row((self.chat.tokenizer.bos_token_id, *self.start_image(size)))
 
-    def reading_row(self, part: Part) -> tuple[Row, list[int]]:
-        """See ``ImageTokenPolicy.reading_row``; the positions skip the ends of lines."""
+    def input_row(self, part: Part) -> tuple[Row, list[int]]:
+        """See ``ImageTokenPolicy.input_row``; the positions skip the ends of lines."""
         begin = [self.chat.tokenizer.bos_token_id]
         if isinstance(part, str):
             self.check_text(part)

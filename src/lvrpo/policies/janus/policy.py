@@ -127,8 +127,8 @@ class JanusPolicy(ImageTokenPolicy):
         kept = (self.processor.ids["bos_token"], self.processor.ids["boi_token"])
         return Row(tuple(i if i in kept else self.pad_id for i in row.ids))
 
-    def reading_row(self, part: Part) -> tuple[Row, list[int]]:
-        """See ``ImageTokenPolicy.reading_row``; begins with the marker of a text or of a picture."""
+    def input_row(self, part: Part) -> tuple[Row, list[int]]:
+        """See ``ImageTokenPolicy.input_row``; begins with the marker of a text or of a picture."""
         markers = self.processor.ids
         if isinstance(part, str):
             begin, ids, pictures = [markers["bos_token"]], self.processor.tokenize(part), ()
@@ -146,7 +146,7 @@ class JanusPolicy(ImageTokenPolicy):
         return self.model.model.generation_head(states)
 
     def embed(self, ids: torch.Tensor, pictures: Sequence[Image]) -> torch.Tensor:
-        """Embeds text tokens, image tokens, and patches of pictures by the reading encoder."""
+        """Embeds text tokens, image tokens, and patches of pictures by the understanding encoder."""
         vocabulary = self.processor.vocabulary_size
         x = self.model.get_input_embeddings()(ids.clamp(0, vocabulary - 1))
         drawn, read = ids >= vocabulary, ids == PATCH

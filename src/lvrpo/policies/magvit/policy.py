@@ -271,8 +271,8 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
         return [own[-self.image_tokens - 2 :] for own in self._states(rows)]
 
     @torch.no_grad()
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Policy.reading_states``; after the last layer the states are normed."""
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Policy.hidden_states``; after the last layer the states are normed."""
         require_layer(layer, len(self.model.model.layers))
         found = []
         for part in parts:

@@ -3,8 +3,8 @@
 The rules are those of BAGEL (arXiv:2505.14683). A row of a batch is a list of spans. Inside one row, query i may attend
 to key j if j comes no later than i, or both are in the same image, unless j belongs to a noisy image, or an option,
 that is not i's own. Text takes one rope id per token; all tokens of an image, its two markers included, share one id;
-after an image the id advances by 1, after a noisy one or an option not at all. The drawing expert owns the latent
-tokens (noisy or clean); the reading expert owns everything else, markers included.
+after an image the id advances by 1, after a noisy one or an option not at all. The generation expert owns the latent
+tokens (noisy or clean); the understanding expert owns everything else, markers included.
 
 Letters: B rows, R rows of one batch, L tokens of the longest row, S cached tokens, D width, H heads,
 K key heads, G heads that share a key head, E head width.
@@ -198,8 +198,8 @@ class Span:
 class RowLayout:
     """The layout of one row of l tokens."""
 
-    drawing: np.ndarray
-    """bool (l,): whether the drawing expert processes the token."""
+    generation: np.ndarray
+    """bool (l,): whether the generation expert processes the token."""
     rope_ids: np.ndarray
     """int64 (l,): rope ids relative to the row's start."""
     visible: np.ndarray
@@ -211,7 +211,7 @@ class RowLayout:
 def row_layout(spans: tuple[Span, ...], mask: bool = True) -> RowLayout:
     """The layout of a row; ``visible`` is computed with ``mask`` alone."""
     length = sum(span.length for span in spans)
-    drawing = np.zeros(length, dtype=bool)
+    generation = np.zeros(length, dtype=bool)
     rope_ids = np.zeros(length, dtype=np.int64)
     visible = np.tril(np.ones((length, length), dtype=bool)) if mask else np.zeros((0, 0), dtype=bool)
     start, rope = 0, 0
@@ -223,19 +223,22 @@ def row_layout(spans: tuple[Span, ...], mask: bool = True) -> RowLayout:
             rope += span.length if span.kind == "text" else 0
         else:
             rope_ids[inside] = rope
-            drawing[start + 1 : stop - 1] = span.kind in ("clean", "noise")
+            generation[start + 1 : stop - 1] = span.kind in ("clean", "noise")
             rope += span.kind != "noise"
             if mask:
                 visible[inside, inside] = True
         if mask and span.kind in UNSEEN:
             visible[stop:, inside] = False
         start = stop
-    return RowLayout(drawing, rope_ids, visible, rope)
+    return RowLayout(generation, rope_ids, visible, rope)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Index tensors of a batch of rows. Tokens are two blocks, reading (Nr, D) and drawing (Nd, D), in row order."""
+    """Index tensors of a batch of rows.
+
+    Tokens are two blocks in row order: understanding (Nu, D) and generation (Ng, D).
+    """
 
     rows: tuple[tuple[Span, ...], ...]
     row_lengths: tuple[int, ...]
@@ -244,11 +247,11 @@ class Packing:
     lengths: torch.Tensor
     """int64 (B,): ``row_lengths`` on the device."""
     grid_source: torch.Tensor
-    """int64 (B * L,): for every grid cell its row in cat(reading, drawing); padding points at row 0."""
-    reading_cells: torch.Tensor
-    """int64 (Nr,): the grid cell of every reading token."""
-    drawing_cells: torch.Tensor
-    """int64 (Nd,)."""
+    """int64 (B * L,): for every grid cell its row in cat(understanding, generation); padding points at row 0."""
+    understanding_cells: torch.Tensor
+    """int64 (Nu,): the grid cell of every understanding token."""
+    generation_cells: torch.Tensor
+    """int64 (Ng,)."""
     rope_ids: torch.Tensor
     """int64 (B, L): relative to each row's start."""
     visible: torch.Tensor | None
@@ -330,7 +333,7 @@ def _pack(rows: tuple[tuple[Span, ...], ...], device: torch.device) -> Packing:
     batch_size, length = len(rows), int(lengths.max())
     masked = batch_size * length**2 <= MASK_CELLS
     layouts = {row: row_layout(row, masked) for row in dict.fromkeys(rows)}
-    drawing = np.zeros((batch_size, length), dtype=bool)
+    generation = np.zeros((batch_size, length), dtype=bool)
     valid = np.arange(length) < lengths[:, None]
     rope_ids = np.zeros((batch_size, length), dtype=np.int64)
     visible = np.zeros((batch_size, length, length) if masked else (0, 0, 0), dtype=bool)
@@ -338,15 +341,15 @@ def _pack(rows: tuple[tuple[Span, ...], ...], device: torch.device) -> Packing:
         visible[:, np.arange(length), np.arange(length)] = True
     for b, row in enumerate(rows):
         n, layout = lengths[b], layouts[row]
-        drawing[b, :n] = layout.drawing
+        generation[b, :n] = layout.generation
         rope_ids[b, :n] = layout.rope_ids
         if masked:
             visible[b, :n, :n] = layout.visible
-    reading_cells = np.flatnonzero((valid & ~drawing).ravel())
-    drawing_cells = np.flatnonzero(drawing.ravel())
+    understanding_cells = np.flatnonzero((valid & ~generation).ravel())
+    generation_cells = np.flatnonzero(generation.ravel())
     grid_source = np.zeros(batch_size * length, dtype=np.int64)
-    grid_source[reading_cells] = np.arange(len(reading_cells))
-    grid_source[drawing_cells] = len(reading_cells) + np.arange(len(drawing_cells))
+    grid_source[understanding_cells] = np.arange(len(understanding_cells))
+    grid_source[generation_cells] = len(understanding_cells) + np.arange(len(generation_cells))
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -357,8 +360,8 @@ def _pack(rows: tuple[tuple[Span, ...], ...], device: torch.device) -> Packing:
         length=length,
         lengths=tensor(lengths),
         grid_source=tensor(grid_source),
-        reading_cells=tensor(reading_cells),
-        drawing_cells=tensor(drawing_cells),
+        understanding_cells=tensor(understanding_cells),
+        generation_cells=tensor(generation_cells),
         rope_ids=tensor(rope_ids),
         visible=tensor(visible) if masked else None,
         rope_advance=tensor(np.array([layouts[row].rope_advance for row in rows], dtype=np.int64)),

@@ -47,17 +47,17 @@ def velocity(
     ``grid`` None: the default grid.
     """
     noise = runner.noise(grid or runner.encoders.default_grid(None))
-    hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False, outputs="drawing")
-    return runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+    hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False, outputs="generation")
+    return runner.encoders.velocity(hidden.generation.unflatten(0, x_t.shape[:2]), x_t, t)
 
 
 def velocity_and_features(
     runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``velocity``, and the drawing expert's states (B, N, D) after ``layer`` layers."""
+    """``velocity``, and the generation expert's states (B, N, D) after ``layer`` layers."""
     rows = [(runner.noise(grid),)] * len(x_t)
-    hidden = runner.run(rows, cache, (x_t, t), keep_layers=True, extend=False, outputs="drawing")
-    v = runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+    hidden = runner.run(rows, cache, (x_t, t), keep_layers=True, extend=False, outputs="generation")
+    v = runner.encoders.velocity(hidden.generation.unflatten(0, x_t.shape[:2]), x_t, t)
     return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
 
 

@@ -102,8 +102,8 @@ def score_text(
         counts.append(len(text.tokens))
         start += piece.span.length
     hidden = runner.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
-    device = hidden.reading.device
-    selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
+    device = hidden.understanding.device
+    selected = hidden.understanding.index_select(0, torch.tensor(positions, device=device))
     allowed = ~runner.tokenizer.suppressed_tokens().to(device)
     logits = runner.encoders.text_logits(selected)
     # temperature 0 is scored at temperature 1
@@ -160,14 +160,14 @@ class Decoder:
         with sdpa_kernel(TEXT_KERNELS):
             for i, layer in enumerate(transformer.layers):
                 assert isinstance(layer, Layer)
-                heads, v = layer.reading.queries_keys_values(x)
+                heads, v = layer.understanding.queries_keys_values(x)
                 q, k = rotate(heads, cos, sin).to(v.dtype).split([config.heads, config.key_heads], dim=1)
                 keys, values = self._append(i, k, v)
                 mask = mask if mask is None else mask.to(v.dtype)
-                x = layer.reading.feed_forward(x, attention(q[:, None], keys, values, mask).flatten(1))
+                x = layer.understanding.feed_forward(x, attention(q[:, None], keys, values, mask).flatten(1))
         self.length += 1
         self.rope = self.rope + 1
-        self.last = transformer.reading_norm(x)
+        self.last = transformer.understanding_norm(x)
         return self.last
 
     def skip(self) -> None:

@@ -111,7 +111,7 @@ def _score_options(
         whole.append((*row, *options))
     device = cache.rope.device
     hidden = runner.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
-    logits = generate.text_logits(runner, hidden.reading, runner.tokenizer.suppressed_tokens().to(device))
+    logits = generate.text_logits(runner, hidden.understanding, runner.tokenizer.suppressed_tokens().to(device))
     distribution = torch.log_softmax(logits.float(), dim=-1)
     return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
 
@@ -189,16 +189,16 @@ def _draw_logprob(
 # --- states ---
 
 
-def reading_features(runner: ModelRunner, images: Sequence[Image], layer: int) -> torch.Tensor:
-    """States (B, N, D) of images in the reading expert after ``layer`` layers; 0: output of the vision encoder."""
+def image_features(runner: ModelRunner, images: Sequence[Image], layer: int) -> torch.Tensor:
+    """States (B, N, D) of images after ``layer`` layers of the understanding expert; 0: of the vision encoder."""
     if layer == 0:
         return runner.encoders.encode_images(images)
     rows = [(runner.picture(image, "read"),) for image in images]
-    states = _reading_layer(runner, rows, layer)
+    states = _layer_states(runner, rows, layer)
     return states.unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
 
 
-def reading_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+def hidden_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
     """States (N, D) of texts and images, each a row of its own, after ``layer`` layers; 0: input embeddings."""
     depth = runner.transformer.config.depth
     if not 0 <= layer <= depth:
@@ -206,31 +206,31 @@ def reading_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> li
     states: list[torch.Tensor] = []
     for start in range(0, len(parts), model_runner.MAX_ROWS):
         rows = [runner.row((part,), draws=False) for part in parts[start : start + model_runner.MAX_ROWS]]
-        split = _reading_layer(runner, rows, layer).split([row_tokens(row) for row in rows])
+        split = _layer_states(runner, rows, layer).split([row_tokens(row) for row in rows])
         states += [row[1:-1] for row in split]  # without the two markers
     return states
 
 
-def _reading_layer(runner: ModelRunner, rows: Sequence[Row], layer: int) -> torch.Tensor:
-    """(Nr, D): states of rows without latent tokens."""
+def _layer_states(runner: ModelRunner, rows: Sequence[Row], layer: int) -> torch.Tensor:
+    """(Nu, D): states of rows without latent tokens."""
     if layer == 0:
-        return runner.embed_reading([piece for row in rows for piece in row])
+        return runner.embed_understanding([piece for row in rows for piece in row])
     cache = runner.transformer.empty_cache(len(rows))
     return runner.run(rows, cache, keep_layers=True).layers[layer - 1][0]
 
 
 def context_states(runner: ModelRunner, given: Sequence[Parts]) -> torch.Tensor:
-    """Mean final state of the reading expert over each context, float32 (B, D)."""
+    """Mean final state of the understanding expert over each context, float32 (B, D)."""
     rows = [runner.row(parts, draws=False) for parts in given]
     hidden = runner.run(rows, runner.transformer.empty_cache(len(rows)))
-    split = hidden.reading.float().split([row_tokens(row) for row in rows])
+    split = hidden.understanding.float().split([row_tokens(row) for row in rows])
     return torch.stack([states.mean(dim=0) for states in split])
 
 
-def drawing_states(
+def generation_states(
     runner: ModelRunner, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
 ) -> torch.Tensor:
-    """Mean final state of the drawing expert over each noisy image after its context ``given``, float32 (B, D).
+    """Mean final state of the generation expert over each noisy image after its context ``given``, float32 (B, D).
 
     All rows have the same noise; images are of one size. At t = 1 the input is noise alone, so that the states depend
     on the context and the size.
@@ -246,7 +246,7 @@ def drawing_states(
 
 
 class FeatureLoss(Protocol):
-    """A loss on hidden states of the drawing expert."""
+    """A loss on hidden states of the generation expert."""
 
     layer: int
     """The number of layers before the states."""

@@ -23,7 +23,7 @@ class Piece:
 
     span: Span
     ids: tuple[int, ...]
-    """Ids of the span's reading-expert tokens, markers included; IMAGE_TOKEN for vision-encoder tokens."""
+    """Ids of the span's understanding-expert tokens, markers included; IMAGE_TOKEN for vision-encoder tokens."""
     image: Image | None = None
     grid: Grid = (0, 0)
     """Rows and columns of an image's tokens, markers excluded."""
@@ -107,37 +107,37 @@ class ModelRunner:
         noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep_layers: bool = False,
         extend: bool = True,
-        outputs: torch.Tensor | Literal["drawing"] | None = None,
+        outputs: torch.Tensor | Literal["generation"] | None = None,
     ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
 
-        Without ``extend`` the cache is unchanged. ``outputs``: indices of the reading tokens to return states of, or
-        the latent tokens; None: all tokens of both experts.
+        Without ``extend`` the cache is unchanged. ``outputs``: indices of the understanding tokens to return states of,
+        or the latent tokens; None: all tokens of both experts.
         """
         packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]
-        reading = self.embed_reading(pieces)
+        understanding = self.embed_understanding(pieces)
         latent_pieces = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
         if noisy is not None:
-            drawing = self.encoders.embed_latents(*noisy, latent_pieces[0].grid).flatten(0, 1)
+            generation = self.encoders.embed_latents(*noisy, latent_pieces[0].grid).flatten(0, 1)
         elif latent_pieces:
-            drawing = _by_grid(latent_pieces, self._embed_latent_pieces)
+            generation = _by_grid(latent_pieces, self._embed_latent_pieces)
         else:
-            drawing = reading.new_zeros(0, reading.shape[-1])
-        return self.transformer(reading, drawing, packing, cache, keep_layers, extend, outputs)
+            generation = understanding.new_zeros(0, understanding.shape[-1])
+        return self.transformer(understanding, generation, packing, cache, keep_layers, extend, outputs)
 
-    def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Input embeddings (Nr, D) of the reading expert: text, markers, vision-encoder tokens."""
+    def embed_understanding(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Input embeddings (Nu, D) of the understanding expert: text, markers, vision-encoder tokens."""
         device = self.transformer.inv_freq.device
         ids = [i for piece in pieces for i in piece.ids]
         known = torch.tensor([max(i, 0) for i in ids], dtype=torch.int64, device=device)
-        reading = self.encoders.embed_tokens(known)
+        understanding = self.encoders.embed_tokens(known)
         read = [piece for piece in pieces if piece.span.kind == "read"]
         if read:
             tokens = _by_grid(read, self._read)
             places = torch.tensor([place for place, i in enumerate(ids) if i == IMAGE_TOKEN], device=device)
-            reading = reading.index_put((places,), tokens.to(reading.dtype))
-        return reading
+            understanding = understanding.index_put((places,), tokens.to(understanding.dtype))
+        return understanding
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Vision-encoder tokens (B, N, D) of images of one grid; an image that repeats is encoded once."""
@@ -281,7 +281,7 @@ class Encoders(Protocol):
         ...
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the reading expert (n, D) -> (n, V)."""
+        """Hidden states of the understanding expert (n, D) -> (n, V)."""
         ...
 
     def vision_grid(self, image: Image) -> Grid:
@@ -301,7 +301,7 @@ class Encoders(Protocol):
         ...
 
     def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
-        """Images of one ``vision_grid`` -> (B, N, D) tokens of the reading expert."""
+        """Images of one ``vision_grid`` -> (B, N, D) tokens of the understanding expert."""
         ...
 
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
@@ -313,11 +313,11 @@ class Encoders(Protocol):
         ...
 
     def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Latents (B, N, C) at times (B,) -> (B, N, D) tokens of the drawing expert."""
+        """Latents (B, N, C) at times (B,) -> (B, N, D) tokens of the generation expert."""
         ...
 
     def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the drawing expert (B, N, D) at states (B, N, C), times (B,) -> velocity (B, N, C)."""
+        """Hidden states of the generation expert (B, N, D) at states (B, N, C), times (B,) -> velocity (B, N, C)."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -85,16 +86,16 @@ class MoTPolicy(AdaptablePolicy):
     has_condition_dropout = False
     """Whether ``supervised_losses`` drops conditions at random (for classifier-free guidance)."""
 
-    def __init__(self, transformer: MoT, towers: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, transformer: MoT, encoders: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.transformer = transformer
-        self.towers: Encoders = towers  # type: ignore[assignment]  # a Module that keeps the protocol
+        self.encoders: Encoders = encoders  # type: ignore[assignment]  # a Module that keeps the protocol
         self.tokenizer = tokenizer
         self._autocast: torch.dtype | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Turns autocast on at this dtype; off where it is the dtype of the weights."""
-        self._autocast = None if dtype == self.transformer.reading_norm.weight.dtype else dtype
+        self._autocast = None if dtype == self.transformer.understanding_norm.weight.dtype else dtype
 
     def autocast(self) -> AbstractContextManager[object]:
         """The autocast context of ``set_compute_dtype``."""
@@ -105,12 +106,7 @@ class MoTPolicy(AdaptablePolicy):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The autocast dtype, else that of the weights."""
-        return self._autocast or self.transformer.reading_norm.weight.dtype
-
-    @property
-    def encoders(self) -> Encoders:
-        """The module ``towers``; that name is a prefix of tensors in saved files."""
-        return self.towers
+        return self._autocast or self.transformer.understanding_norm.weight.dtype
 
     def check_text(self, text: str) -> None:
         """Raises InputError where the tokenizer cannot encode a text."""
@@ -336,27 +332,29 @@ class MoTPolicy(AdaptablePolicy):
 
     @torch.no_grad()
     @with_autocast
-    def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
-        """States (B, N, D) of images in the reading expert after ``layer`` layers; 0: output of the vision encoder."""
-        return likelihood.reading_features(self.runner, images, layer)
+    def image_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
+        """States (B, N, D) of images after ``layer`` layers of the understanding expert; 0: of the vision encoder."""
+        return likelihood.image_features(self.runner, images, layer)
 
     @torch.no_grad()
     @with_autocast
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Judge.reading_states``."""
-        return likelihood.reading_states(self.runner, parts, layer)
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Judge.hidden_states``."""
+        return likelihood.hidden_states(self.runner, parts, layer)
 
     @torch.no_grad()
     @with_autocast
     def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
-        """Mean final state of the reading expert over each context, float32 (B, D)."""
+        """Mean final state of the understanding expert over each context, float32 (B, D)."""
         return likelihood.context_states(self.runner, contexts)
 
     @torch.no_grad()
     @with_autocast
-    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
-        """Mean final state of the drawing expert over each noisy image; see ``likelihood.drawing_states``."""
-        return likelihood.drawing_states(self.runner, contexts, images, t, seed)
+    def generation_states(
+        self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int
+    ) -> torch.Tensor:
+        """Mean final state of the generation expert over each noisy image; see ``likelihood.generation_states``."""
+        return likelihood.generation_states(self.runner, contexts, images, t, seed)
 
     # ---------------------------------------------------------------- supervised
     @with_autocast
@@ -405,8 +403,8 @@ def remaining(example: Example) -> Prompt:
 
 
 def _expert_of(name: str) -> str:
-    if ".reading." in name or "reading_norm" in name or "towers.read_" in name or "lm_head" in name:
+    if re.search(r"\.understanding\.|understanding_norm|encoders\.(patch|connector|vit)|lm_head", name):
         return "understand"
-    if ".drawing." in name or "drawing_norm" in name or "towers.latent_" in name or "towers.time_" in name:
+    if re.search(r"\.generation\.|generation_norm|encoders\.(latent|time)", name):
         return "generate"
     return "shared"

@@ -1,7 +1,7 @@
 """A Mixture-of-Transformers: two experts per layer, one softmax over the mixed sequence (arXiv 2411.04996, 2505.14683).
 
 Letters: B rows, L tokens of the longest row, S cached tokens, D width, H heads, K key heads, E head width,
-Nr / Nd tokens of the reading / drawing block.
+Nu / Ng tokens of the understanding / generation block.
 """
 
 from __future__ import annotations
@@ -160,10 +160,10 @@ class Cache:
 class Hidden:
     """Output of the transformer."""
 
-    reading: torch.Tensor
-    """(Nr, D), normed; with ``outputs`` (n, D) or empty."""
-    drawing: torch.Tensor
-    """(Nd, D), normed; with ``outputs`` of reading tokens empty."""
+    understanding: torch.Tensor
+    """(Nu, D), normed; with ``outputs`` (n, D) or empty."""
+    generation: torch.Tensor
+    """(Ng, D), normed; with ``outputs`` of understanding tokens empty."""
     cache: Cache
     """The cache, with these rows where ``extend`` is set."""
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -212,12 +212,12 @@ class Expert(nn.Module):
 
 
 class Layer(nn.Module):
-    """A reading expert (understanding) and a drawing expert (generation) with joint attention."""
+    """A understanding expert (understanding) and a generation expert (generation) with joint attention."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
-        self.reading = Expert(config)
-        self.drawing = Expert(config)
+        self.understanding = Expert(config)
+        self.generation = Expert(config)
 
 
 class MoT(nn.Module):
@@ -227,8 +227,8 @@ class MoT(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.reading_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.drawing_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.understanding_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.generation_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.checkpointing = False
         """Gradient checkpointing."""
         head_width = config.width // config.heads
@@ -245,19 +245,20 @@ class MoT(nn.Module):
 
     def forward(
         self,
-        reading: torch.Tensor,
-        drawing: torch.Tensor,
+        understanding: torch.Tensor,
+        generation: torch.Tensor,
         packing: Packing,
         cache: Cache,
         keep_layers: bool = False,
         extend: bool = True,
-        outputs: torch.Tensor | Literal["drawing"] | None = None,
+        outputs: torch.Tensor | Literal["generation"] | None = None,
     ) -> Hidden:
         """Runs new rows after their contexts.
 
-        reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
-        Without ``extend`` the cache stays as it is, as in a step of a flow. ``outputs``: int64 (n,), the reading tokens
-        to return states of, or the drawing block; the last layer computes no others. None: all tokens of both blocks.
+        understanding (Nu, D) and generation (Ng, D) are the embedded tokens in row order; row b continues row b of the
+        cache. Without ``extend`` the cache stays as it is, as in a step of a flow. ``outputs``: int64 (n,), the
+        understanding tokens to return states of, or the generation block; the last layer computes no others. None: all
+        tokens of both blocks.
         """
         attend = self._attention_of(packing, cache)
         cos, sin = self.rotation(cache.rope[:, None] + packing.rope_ids)
@@ -266,55 +267,55 @@ class MoT(nn.Module):
             assert isinstance(layer, Layer)
 
             def run(
-                reading: torch.Tensor, drawing: torch.Tensor, layer: Layer = layer, i: int = i
+                understanding: torch.Tensor, generation: torch.Tensor, layer: Layer = layer, i: int = i
             ) -> tuple[torch.Tensor, ...]:
-                heads, v = self._project(layer, reading, drawing, packing)
+                heads, v = self._project(layer, understanding, generation, packing)
                 q, k = rotate(heads, cos, sin).to(v.dtype).split([self.config.heads, self.config.key_heads], dim=2)
                 k = k.clone() if extend else k  # a cache of views would keep the queries, too
-                cells = packing.reading_cells
+                cells = packing.understanding_cells
                 if outputs is not None and i == len(self.layers) - 1:
                     if isinstance(outputs, str):
-                        reading = reading[:0]
+                        understanding = understanding[:0]
                     else:
-                        reading, drawing = reading.index_select(0, outputs), drawing[:0]
+                        understanding, generation = understanding.index_select(0, outputs), generation[:0]
                         cells = cells.index_select(0, outputs)
-                    if not len(reading) and not len(drawing):
-                        return reading, drawing, k, v
+                    if not len(understanding) and not len(generation):
+                        return understanding, generation, k, v
                 attended = attend(i, q, k, v).reshape(packing.batch_size * packing.length, -1)  # (B * L, H * E)
-                if len(reading):
-                    reading = layer.reading.feed_forward(reading, _cells(attended, cells))
-                if len(drawing):
-                    drawing = layer.drawing.feed_forward(drawing, _cells(attended, packing.drawing_cells))
-                return reading, drawing, k, v
+                if len(understanding):
+                    understanding = layer.understanding.feed_forward(understanding, _cells(attended, cells))
+                if len(generation):
+                    generation = layer.generation.feed_forward(generation, _cells(attended, packing.generation_cells))
+                return understanding, generation, k, v
 
             if self.checkpointing and torch.is_grad_enabled():
-                reading, drawing, k, v = checkpoint(
-                    run, reading, drawing, use_reentrant=False, preserve_rng_state=False
+                understanding, generation, k, v = checkpoint(
+                    run, understanding, generation, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                reading, drawing, k, v = run(reading, drawing)
+                understanding, generation, k, v = run(understanding, generation)
             if extend:
                 keys.append(k)
                 values.append(v)
             if keep_layers:
-                layers.append((reading, drawing))
+                layers.append((understanding, generation))
         extended = cache
         if extend:
             part = CachePart(tuple(keys), tuple(values), packing.row_lengths, tuple(range(packing.batch_size)))
             extended = Cache((*cache.parts, part), cache.rope + packing.rope_advance)
-        reading = self.reading_norm(reading) if len(reading) else reading
-        drawing = self.drawing_norm(drawing) if len(drawing) else drawing
-        return Hidden(reading, drawing, extended, tuple(layers))
+        understanding = self.understanding_norm(understanding) if len(understanding) else understanding
+        generation = self.generation_norm(generation) if len(generation) else generation
+        return Hidden(understanding, generation, extended, tuple(layers))
 
     def _project(
-        self, layer: Layer, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing
+        self, layer: Layer, understanding: torch.Tensor, generation: torch.Tensor, packing: Packing
     ) -> tuple[torch.Tensor, ...]:
         """What both experts' ``queries_keys_values`` return, on the (B, L) grid."""
         blocks = []
-        if len(reading):
-            blocks.append(layer.reading.queries_keys_values(reading))
-        if len(drawing):
-            blocks.append(layer.drawing.queries_keys_values(drawing))
+        if len(understanding):
+            blocks.append(layer.understanding.queries_keys_values(understanding))
+        if len(generation):
+            blocks.append(layer.generation.queries_keys_values(generation))
         grid = (packing.batch_size, packing.length)
         total = packing.batch_size * packing.length
         out = []

@@ -322,8 +322,8 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         return torch.stack([row.logprobs.mean().cpu() for row in rows]) if rows else torch.zeros(0)
 
     @torch.no_grad()
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Judge.reading_states``; after the last layer the states are normed."""
+    def hidden_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Judge.hidden_states``; after the last layer the states are normed."""
         require_layer(layer, len(self.model.showo.model.layers))
         found, ids = [], self.parts.ids
         with self.autocast():
