@@ -316,7 +316,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     side = shape.step_image_size
     what = f"understand, generate, edit, think then draw; {side} x {side}, {shape.step_num_steps} steps"
-    how = f"{shape.thought} tokens, {adapter / 1e6:.3g} million weights, 4 of 8 drawings at 2 times, checkpointed"
+    how = f"{shape.thought} tokens, {adapter / 1e6:.3g} million weights, 4 of 8 images at 2 times, checkpointed"
     seconds = f"{sampled + trained:.3g} s: rollout {sampled:.3g}, update {trained:.3g} ({what}; {how})"
     return f"{seconds}, peak of the rollout {sampling_peak}, of the update {report.peak()}"
 

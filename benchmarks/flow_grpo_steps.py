@@ -44,7 +44,7 @@ class FlowSetting:
     folder: str
     """A StableDiffusion3Pipeline."""
     side: int
-    """Of drawings, in pixels."""
+    """Of images, in pixels."""
     prompts: Sequence[str]
     group_size: int
     num_steps: int
@@ -54,7 +54,7 @@ class FlowSetting:
 
 
 def brightness(image: Image) -> float:
-    """A reward that spreads: drawings of a random model differ by little."""
+    """A reward that spreads: images of a random model differ by little."""
     return 1000 * float(image.mean())
 
 

@@ -1,4 +1,4 @@
-"""A group of drawings of a Janus, by lvrpo and otherwise, for ``peers.py``; 8 x 8 pixels are a token."""
+"""A group of images of a Janus, by lvrpo and otherwise, for ``peers.py``; 8 x 8 pixels are a token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Calls = tuple[Callable[[], object], Callable[[], object]]
 
 
 def draw_group(side: int, size: int, calls: int) -> Calls:
-    """Drawings of the Janus of ``lvrpo init janus-tiny``, by ``generate`` of transformers in so many calls."""
+    """Images of the Janus of ``lvrpo init janus-tiny``, by ``generate`` of transformers in so many calls."""
     import transformers
 
     policy = create_janus(JanusSizes(image_size=side), [TEXT])
@@ -48,7 +48,7 @@ def draw_group(side: int, size: int, calls: int) -> Calls:
 
 
 def update_group(side: int, size: int) -> Calls:
-    """Log-probs of a group with their gradient and a step of AdamW, for all drawings at once, and one after another."""
+    """Log-probs of a group with their gradient and a step of AdamW, for all images at once, and one after another."""
     policy = create_janus(JanusSizes(image_size=side), [TEXT])
     (group,) = policy.sample([PROMPT], Sampling(group_size=size, guidance_scale=GUIDANCE), [0])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)

@@ -82,12 +82,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"width": 768, "depth": 8, "mlp_width": 2048},
         [TASKS, *BAGEL, "adapter={rank: 8}", "precision={weights: bfloat16}"],
     ),
-    "bagel 256 x 6, 128 x 128 drawings": (
+    "bagel 256 x 6, 128 x 128 images": (
         "bagel-tiny",
         {"width": 256, "depth": 6, "image_size": 128},
         [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}"],
     ),
-    "bagel 256 x 6, two drawings at once": (
+    "bagel 256 x 6, two images at once": (
         "bagel-tiny",
         {"width": 256, "depth": 6, "image_size": 128},
         [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}", "limits={microbatch_size: 2}"],

@@ -242,11 +242,11 @@ def answers(side: int, new_tokens: int, rounds: int) -> Pair:
     return pair
 
 
-# --- drawings: BAGEL's inferencer ---
+# --- images: BAGEL's inferencer ---
 
 
 def draw(side: int, folder: Path, rounds: int) -> Pair:
-    """Drawings of a BAGEL of width 256 and 6 layers; 16 x 16 pixels are a token."""
+    """Images of a BAGEL of width 256 and 6 layers; 16 x 16 pixels are a token."""
     policy = make_policy(BagelSizes(width=256, depth=6, mlp_width=512, image_size=side))
     prompt = next(p for p in make_prompts(64) if p.task == "generate")
     sampling = Sampling(

@@ -122,7 +122,7 @@ def quickstart_parts(device: torch.device) -> Iterator[tuple[str, Callable[[], o
 
 
 def bagel_parts(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A small BAGEL: a group of 8 drawings, guided, ten steps; and a joint step of all tasks."""
+    """A small BAGEL: a group of 8 images, guided, ten steps; and a joint step of all tasks."""
     for size in (64, 256):
         policy = make_policy(BagelSizes(width=256, depth=6, mlp_width=512, image_size=size)).to(device)
         prompts = [prompt for prompt in make_prompts(size) if prompt.task == "generate"][:1]

@@ -166,7 +166,7 @@ def drawing_loss(
     weight: float,
     step: int,
 ) -> None:
-    """DiffusionNFT on the best and worst drawings of every group, at fresh noise levels."""
+    """DiffusionNFT on the best and worst images of every group, at fresh noise levels."""
     keep = best_worst_mask(advantages, config.top_bottom_k)
     advantages = centered_advantages(advantages, keep)
     trained = [

@@ -27,7 +27,7 @@ from lvrpo.training.optimizer import Muon
 TINY = Path(work.__file__).resolve().parents[2] / "src" / "lvrpo" / "assets" / "tiny-base"
 ALL = ("t0", "t1", "t2", "d0", "d1", "d2")
 DEALT: Mapping[str, Sequence[Sequence[str]]] = {
-    "rank 0 texts, rank 1 drawings": (ALL[:3], ALL[3:]),
+    "rank 0 texts, rank 1 images": (ALL[:3], ALL[3:]),
     "five micro-batches, one, none": (ALL[:5], ALL[5:], ()),
     "four alike": tuple(ALL[own::4] for own in range(4)),
 }

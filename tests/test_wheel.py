@@ -43,6 +43,6 @@ def test_the_wheel_trains_on_own_rows_in_five_commands(tmp_path: Path) -> None:
     assert "own" in page
     quick = ["env/bin/lvrpo", "quickstart", "--quick", "--out", "runs/quick"]
     subprocess.run(quick, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    asked = ["env/bin/lvrpo", "generate", "tiny", "--prompt", "a red circle", "--out", "drawings"]
+    asked = ["env/bin/lvrpo", "generate", "tiny", "--prompt", "a red circle", "--out", "images"]
     subprocess.run(asked, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert (tmp_path / "drawings" / "00000.png").stat().st_size > 0
+    assert (tmp_path / "images" / "00000.png").stat().st_size > 0

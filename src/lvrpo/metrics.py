@@ -179,7 +179,7 @@ def group_spread(groups: Sequence[Sequence[float]]) -> GroupSpread:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Counts of the facts of one drawing, checked by the model itself (reader) and by a verifier."""
+    """Counts of the facts of one image, checked by the model itself (reader) and by a verifier."""
 
     facts: int
     """Facts that the prompt states."""
@@ -193,7 +193,7 @@ class ReadBack:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Self-consistency of a model: agreement of its reading with its own drawings and with a verifier."""
+    """Self-consistency of a model: agreement of its reading with its own images and with a verifier."""
 
     confirmed: float
     """Share of the stated facts that the reader confirms."""
@@ -207,7 +207,7 @@ class Agreement:
 
 
 def agreement(drawings: Sequence[ReadBack]) -> Agreement:
-    """Facts of all drawings pooled, with Cohen's kappa between reader and verifier:
+    """Facts of all images pooled, with Cohen's kappa between reader and verifier:
 
         kappa = (p_o - p_e) / (1 - p_e),   p_o = share agreed on,   p_e = r v + (1 - r)(1 - v),
 

@@ -178,7 +178,7 @@ class BenchmarkRecord:
 
 @dataclass(frozen=True)
 class FactCheck:
-    """One fact of a drawing and whether it holds (None: not known)."""
+    """One fact of an image and whether it holds (None: not known)."""
 
     question: str = ""
     answer: str = ""

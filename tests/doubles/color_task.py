@@ -29,7 +29,7 @@ class Colors(Task):
 
 
 class ShareOfColor:
-    """The share of a drawing that has one color of the palette."""
+    """The share of an image that has one color of the palette."""
 
     judges = ("image",)
 

@@ -133,7 +133,7 @@ def gradients(
 
 
 def rollout(folder: Path) -> list[Any]:
-    """Each rank samples its own prompts, some far longer than others; texts and drawings of all, in order."""
+    """Each rank samples its own prompts, some far longer than others; texts and images of all, in order."""
     model = policy(folder)
     d.shard(model)
     prompts = [

@@ -25,7 +25,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"name": "caption_back", "judge": "tiny"},
     {"name": "edit_consistency", "options": {"ask": False}},
 )
-"""Built-in rewards of drawings, none of which asks the run's judge."""
+"""Built-in rewards of images, none of which asks the run's judge."""
 MINE = """
 import os, time
 
@@ -44,7 +44,7 @@ def unsteady(trajectory, dies="", raises="", hangs=""):
 
 
 def drawn(policy: Policy) -> list[Group]:
-    """Groups of three drawings and edits."""
+    """Groups of three images and edits."""
     source = ScenePrompts(split="test")
     prompts = [*source.prompts("generate", 4), *source.prompts("edit", 2)]
     sampling = Sampling(group_size=3, num_steps=2, sampler="flow_sde", window=(0, 1))

@@ -33,7 +33,7 @@ AFTER = drawings([[1, 1, 0, 0], [1, 0, 0, 0]], [[0.9, 0.1, 0.2, 0.3], [0.1, 0.2,
 def test_samples_by_hand() -> None:
     found = measure(BEFORE)
     assert {k: v["score"] for k, v in found["pass_at_k"].items()} == {"1": 1 / 8, "4": 1 / 2}
-    # the right drawing has the top score: it is chosen whenever it is in the pair (3 of 6), and of all four
+    # the right image has the top score: it is chosen whenever it is in the pair (3 of 6), and of all four
     assert {n: v["score"] for n, v in found["best_of"].items()} == {"2": 1 / 4, "4": 1 / 2}
     assert found["groups"] == {"std": pytest.approx(3**0.5 / 8), "signal": 0.5, "groups": 2, "samples": 4}
     assert set(found) == {"pass_at_k", "best_of", "groups"}

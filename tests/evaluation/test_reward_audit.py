@@ -151,7 +151,7 @@ def test_win_rates_are_what_is_summed() -> None:
 
 
 def test_a_reward_that_judges_another_segment_has_no_part() -> None:
-    """Thoughts are judged by the first reward, drawings by the second; the advantages on record are the drawing's."""
+    """Thoughts are judged by the first reward, images by the second; the advantages on record are the image's."""
     scores = [[[0, 0.0], [0, 1.0], [1, 0.0], [1, 1.0]]] * 2
     A = np.float32([[-1, 1, -1, 1]] * 2)
     judged = np.array([[False, True]] * 2)
@@ -405,7 +405,7 @@ def test_validity_without_a_verifier_or_without_the_truth() -> None:
 
 
 def test_the_verifier_grades_where_it_applies_and_success_elsewhere() -> None:
-    """As in reasoning: drawings have facts, sums have an answer only."""
+    """As in reasoning: images have facts, sums have an answer only."""
     scores = [[[0.1, 0.0], [0.2, 0.5], [0.3, 1.0]], [[0.1, NAN], [0.2, NAN], [0.3, NAN]]]
     applies = np.array([[True, True], [True, False]])
     options: dict[str, Any] = {"names": ["judge", "facts"], "success": [[0, 0, 1], [1, 0, 0]], "applies": applies}

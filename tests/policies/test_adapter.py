@@ -292,7 +292,7 @@ def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]
 
 
 def test_an_output_layer_of_zeros_that_no_adapter_moves_is_named() -> None:
-    """As `lvrpo init bagel-tiny` makes it: a drawing cannot change, whatever the layers before it do."""
+    """As `lvrpo init bagel-tiny` makes it: an image cannot change, whatever the layers before it do."""
     sizes = BagelSizes.model_validate({"width": 32, "depth": 1, "mlp_width": 32, "vocabulary_size": 512})
     fresh = create_bagel(sizes, ["a red circle"])
     with pytest.raises(

@@ -65,7 +65,7 @@ def test_comparisons_share_the_picture_that_they_begin_with(
 def test_edits_that_are_compared_share_their_source_and_the_first_result(
     policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two sources with two ordered pairs each, and a drawing's pair: nothing is read twice, nothing is padded."""
+    """Of two sources with two ordered pairs each, and an image's pair: nothing is read twice, nothing is padded."""
     sources, results = [picture(i) for i in range(2)], [picture(i) for i in range(2, 5)]
     contexts: list[Parts] = [(s, results[0], other, "is it a circle") for s in sources for other in results[1:]]
     contexts.append((results[0], results[1], "is it a circle"))

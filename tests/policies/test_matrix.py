@@ -37,7 +37,7 @@ SECTIONS = {
 }
 """Sections of the configuration for the segments of a policy."""
 THINK = "think"
-"""Prompts of ``reason`` that ask for a drawing after a plan."""
+"""Prompts of ``reason`` that ask for an image after a plan."""
 CELLS = (*TASKS, THINK)
 CAN: dict[str, tuple[str, ...]] = {
     "tiny": CELLS,
@@ -93,7 +93,7 @@ def section_of(name: str, cell: str) -> str:
 
 
 def overrides(name: str, folder: Path, cell: str, reward: str, kind: str | None = None) -> list[str]:
-    """One prompt of a task, a small group; ``kind``: of the objective of drawings, else of texts; None: the default."""
+    """One prompt of a task, a small group; ``kind``: of the objective of images, else of texts; None: the default."""
     task = "reason" if cell == THINK else cell
     counts = ", ".join(f"{each}: {int(each == task)}" for each in TASKS)
     answers = "reason/sum: 0, reason/compare: 0" if cell == THINK else "reason/draw_answer: 0"

@@ -73,7 +73,7 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
         parameter.grad = torch.zeros_like(parameter)
     groups: list[Group] = []
     for prompt in prompts:
-        name = "drawings" if prompt.output == ("image",) else "text"
+        name = "images" if prompt.output == ("image",) else "text"
         with LiveBytes(module.state_dict(keep_vars=True).values()) as live:
             groups += policy.sample([prompt], config.sampling(0), [5])
         found[f"rollout of {name}"] = live.peak
@@ -118,7 +118,7 @@ def test_phases_without_weights_are_those_of_a_real_step(
 
 @pytest.fixture
 def small_bagel(tmp_path: Path) -> Path:
-    """A random one whose drawings an update would move."""
+    """A random one whose images an update would move."""
     sizes = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "vit_width": 8, "vit_depth": 1}
     rest = {"vit_heads": 2, "vit_mlp_width": 8, "image_size": 32, "read_side": 4, "latent_side": 4}
     create_bagel(BagelSizes.model_validate(sizes | rest), ["a red circle"]).save(tmp_path / "bagel")

@@ -84,7 +84,7 @@ def test_texts_are_replayed_without_the_drawings_that_follow(
     assert [len(row) for row in through_drawings] == [len(t.segments) * (t.image is not None) for t in trajectories]
 
     def never(*_: object) -> Any:
-        raise AssertionError("a drawing was replayed")
+        raise AssertionError("an image was replayed")
 
     monkeypatch.setattr("lvrpo.policies.mot.policy.replay_flows", never)
     texts = policy.logprobs(trajectories, ["text"])

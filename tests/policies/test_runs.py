@@ -201,7 +201,7 @@ REFUSED: list[tuple[str, str, str]] = [
     (
         "showo2",
         "data={scenes: {weights: {}}, prompts_per_step: {generate: 0, understand: 2, edit: 0, reason: 9}}",
-        "reason=9: prompt .* asks for a drawing after a text, and policy=.* draws after a prompt alone: set data.sc",
+        "reason=9: prompt .* asks for an image after a text, and policy=.* draws after a prompt alone: set data.sc",
     ),
     ("qwen3_vl", "data.prompts_per_step.generate=1", f"generate=1: policy=.* {NO_DRAWING}: set it"),
     ("qwen3_vl", "data.prompts_per_step.edit=1", f"edit=1: policy=.* {NO_DRAWING}: set it to 0"),
@@ -385,10 +385,10 @@ MISFITS: list[tuple[str, tuple[str, ...], str]] = [
     ("emu3-tiny", ("key_heads=3",), "key_heads=3: heads=4 must be a multiple of it"),
     ("showo-tiny", ("image_size=36",), "image_size=36: must be a multiple of patch_size=8"),
     ("showo-tiny", ("heads=3",), "heads=3: a width of 64 must be a multiple of 4 x heads"),
-    ("showo-tiny", ("positions=140",), "positions=140: a drawing takes 147: use more"),
+    ("showo-tiny", ("positions=140",), "positions=140: an image takes 147: use more"),
     ("mmada-tiny", ("heads=3",), "heads=3: a width of 64 must be a multiple of 2 x heads"),
     ("mmada-tiny", ("key_heads=3",), "key_heads=3: heads=4 must be a multiple of it"),
-    ("mmada-tiny", ("positions=20",), "positions=20: a drawing takes 32: use more"),
+    ("mmada-tiny", ("positions=20",), "positions=20: an image takes 32: use more"),
     ("showo2-tiny", ("image_size=40",), "multiple of 16"),
     ("sd3-tiny", ("image_size=36",), "image_size=36: must be a multiple of 2 vae_stride=8"),
 ]

@@ -139,7 +139,7 @@ def test_the_page_says_what_there_is_and_what_there_is_not(folder: Path) -> None
     assert "The test split was opened 2026-11-29." in lines
     assert any("30 min 00 s in all on a processor" in line for line in lines)
     assert next(line for line in lines if line.startswith("| absent |")).count("not run") == len(MEASURES)
-    (against,) = [line for line in lines if line.startswith("| drawings | strong |")]
+    (against,) = [line for line in lines if line.startswith("| generation | strong |")]
     assert "higher" in against
     assert "†" not in against
     assert any(line.startswith("| weak | no grid: it has nothing to tune |") for line in lines)
@@ -154,7 +154,7 @@ def test_what_an_experiment_does_not_measure_is_left_out(folder: Path) -> None:
     lines = evidence_page(PLAN, Evidence.read(folder)).splitlines()
     assert "## Edits" not in lines
     assert "## Reasoning" in lines
-    assert not any(line.startswith("| edits |") for line in lines)
+    assert not any(line.startswith("| editing |") for line in lines)
     assert next(line for line in lines if line.startswith("| absent |")).count("not run") == len(MEASURES) - 1
 
 
@@ -163,7 +163,7 @@ def test_too_few_seeds_are_marked(folder: Path) -> None:
         for path in folder.glob(f"*-{base}-*.json"):
             path.unlink()
     page = evidence_page(PLAN, Evidence.read(folder))
-    (against,) = [line for line in page.splitlines() if line.startswith("| drawings | strong |")]
+    (against,) = [line for line in page.splitlines() if line.startswith("| generation | strong |")]
     assert "too few seeds" in against
     assert "†" in against
 

@@ -48,7 +48,7 @@ def judged(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
-    """Starts a run whose three groups of drawings are sampled one after another."""
+    """Starts a run whose three groups of images are sampled one after another."""
     monkeypatch.setattr(model_runner, "MAX_ROWS", 4)
     sizes = MoTConfig(width=32, depth=1, heads=2, key_heads=2, mlp_width=32)
     torch.manual_seed(0)

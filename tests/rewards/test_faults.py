@@ -1,4 +1,4 @@
-"""Faults of pictures and judges, for every reward that reads drawings: masked with a reason, never a number."""
+"""Faults of pictures and judges, for every reward that reads images: masked with a reason, never a number."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def group(task: TaskKind, *output: OutputKind) -> Group:
 
 
 def staged() -> tuple[RewardTable, list[Group]]:
-    """A thought that was right in members 0 and 1, a drawing right in members 0 and 2; and an answer."""
+    """A thought that was right in members 0 and 1, an image right in members 0 and 2; and an answer."""
     thought, drawing = [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]
     scores = torch.stack([torch.tensor([thought, thought]), torch.tensor([drawing, drawing])], dim=2)
     mask = torch.tensor([[[True, True]] * 4, [[True, False]] * 4])

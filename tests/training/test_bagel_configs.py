@@ -39,10 +39,10 @@ class Spread:
         return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
 """
 NEEDS = {"bagel_lvrpo_lora": ["peft"], "bagel_lvrpo_full": [], "bagel_lvrpo_paper": []}
-ESTIMATED = {"bagel_lvrpo_full": "replay of text", "bagel_lvrpo_paper": "replay of drawings"}
+ESTIMATED = {"bagel_lvrpo_full": "replay of text", "bagel_lvrpo_paper": "replay of images"}
 """Of the phases of a step, what is estimated in another way than for an adapter, whose estimate is of every phase."""
 LOSSES = {"loss/text/understand", "loss/flow/generate", "loss/flow/edit", "loss/text/reason", "loss/flow/reason"}
-"""Of every task; reasoning that ends in a drawing has both."""
+"""Of every task; reasoning that ends in an image has both."""
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
     assert all(torch.equal(saved[official_name(key)], result[key]) for key in policies.weights["ema"])
     checks = {check["check"]: check["value"] for check in run.read_json("contract.json")}
     assert checks["gradient of the text divergence"] > 0
-    assert checks["gradient of the drawing divergence"] > 0
+    assert checks["gradient of the image divergence"] > 0
 
 
 def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_token_is_four_characters_or_a_patch_of_16_pixels() -> None:
 
 
 def test_drawings_with_and_without_a_source_are_dealt_alike() -> None:
-    """Of a policy whose pictures are small, whatever the number of drawings."""
+    """Of a policy whose pictures are small, whatever the number of images."""
     picture = torch.zeros(3, 32, 32)
     drawn = [Prompt(f"g{i}", "generate", ("two red circles",), ("image",)) for i in range(33)]
     edited = [Prompt(f"e{i}", "edit", (picture, "remove it"), ("image",)) for i in range(12)]

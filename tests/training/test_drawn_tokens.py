@@ -125,7 +125,7 @@ def test_the_clip_of_image_tokens_with_a_divergence_and_entropy() -> None:
 def test_dr_grpo_divides_by_the_tokens_of_a_drawing() -> None:
     segments = [drawn_tokens([-1.0, -2.0]), drawn_tokens([-1.0, -2.0])]
     now = [[-1 + math.log(1.1), -2 + math.log(1.5)], [-1 + math.log(0.9), -2 + math.log(0.5)]]
-    # (-1.1 * 2 - 1.2 * 2) / 2 and (.9 + .8) / 2, of two drawings
+    # (-1.1 * 2 - 1.2 * 2) / 2 and (.9 + .8) / 2, of two images
     assert loss_of(segments, now, [2.0, -1.0], {"kind": "dr_grpo"})[0] == pytest.approx((-4.6 + 1.7) / 4)
 
 
@@ -278,7 +278,7 @@ def test_a_section_moves_the_gradient_of_its_own_segments_and_no_other(kind: Seg
     assert min(float(gradient.norm()) for gradient in base.values()) > 1e-3
     rest = torch.stack([gradient for other, gradient in base.items() if other != kind]).sum(dim=0)
     found = [base[kind]]
-    more = [] if kind == "tokens" else [{"reduction": "trajectory"}]  # its drawings are of one size
+    more = [] if kind == "tokens" else [{"reduction": "trajectory"}]  # its images are of one size
     more += [{"reduction": "constant"}] if kind == "masked" else []
     for section in [*SETTINGS, *more]:
         whole = bench.gradient(**{kind: section})
@@ -290,7 +290,7 @@ def test_a_section_moves_the_gradient_of_its_own_segments_and_no_other(kind: Seg
 
 @pytest.mark.parametrize("change", [{"draws": 3}, {"schedule": "uniform"}, {"kind": "path"}])
 def test_the_likelihood_of_masked_drawings_is_a_choice(change: dict[str, Any]) -> None:
-    """It decides what is scored, at sampling and at replay; the drawings are the same."""
+    """It decides what is scored, at sampling and at replay; the images are the same."""
     policy = DiscretePolicy(("masked",))
     prompts = [Prompt("g", "generate", ("draw red",), ("image",))]
     drawn = []

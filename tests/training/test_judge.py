@@ -285,7 +285,7 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
     assert not rows(rule, read).pictures
     assert not rows(drawn).questions
     assert build_judge_rows(JudgeConfig(), [drawn], {}, list) == JudgeRows()
-    with pytest.raises(InputError, match="only 0 held-out drawings with descriptions decide"):
+    with pytest.raises(InputError, match="only 0 held-out images with descriptions decide"):
         build_judge_rows(config, [drawn], prompts, list)
 
 

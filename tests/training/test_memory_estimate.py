@@ -108,7 +108,7 @@ def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> Non
 
     def replayed(again: bool) -> int:
         changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
-        return needed(small_base, *changes, phases=("replay of drawings",)).transient["replay of drawings"]
+        return needed(small_base, *changes, phases=("replay of images",)).transient["replay of images"]
 
     assert replayed(again=True) < replayed(again=False) / 3
 
@@ -132,7 +132,7 @@ def test_a_refreshed_judge_has_its_own_weights(small_base: Path) -> None:
 
 def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     pytest.importorskip("peft")
-    replays = ("replay of text", "replay of drawings")
+    replays = ("replay of text", "replay of images")
     plain, adapted = persistent(small_base), needed(small_base, "adapter={rank: 2}", phases=replays)
     own = adapted.persistent["weights"] - plain.persistent["weights"]
     assert own > 0
@@ -185,9 +185,9 @@ def test_too_little_host_memory_is_refused(small_base: Path, monkeypatch: pytest
 
 
 def test_smaller_parts_take_less(small_base: Path) -> None:
-    phases = ("replay of drawings",)
+    phases = ("replay of images",)
     whole, parts = needed(small_base), needed(small_base, "limits.microbatch_size=1", phases=phases)
-    assert parts.transient["replay of drawings"] < whole.transient["replay of drawings"] / 3
+    assert parts.transient["replay of images"] < whole.transient["replay of images"] / 3
     assert parts.persistent == whole.persistent
     assert whole.peak > sum(whole.persistent.values())
 
@@ -217,7 +217,7 @@ def test_too_little_memory_is_refused_before_the_load(
         ({"weights": 10, "frozen and averaged weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
         ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
         ({"weights": 10}, {"replay of text": 99}, "limits.microbatch_size"),
-        ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),
+        ({"weights": 10}, {"rollout of images": 99, "replay of text": 1}, "rollout.group_size"),
     ],
 )
 def test_the_remedy_is_for_the_largest_part(persistent: dict[str, int], transient: dict[str, int], remedy: str) -> None:

@@ -138,7 +138,7 @@ def test_best_of_imitates_the_best_text(bench: Any, prompts: list[Prompt]) -> No
     assert apart(bench.taken(), found) < 1e-5
 
 
-# --- drawings ---
+# --- images ---
 
 
 def flow_loss(bench: Any, trajectory: Trajectory) -> float:
@@ -249,7 +249,7 @@ def test_the_branch_without_text_is_held(bench: Any, prompts: list[Prompt]) -> N
 
 
 def test_two_of_a_pair_share_noise_and_times(bench: Any, prompts: list[Prompt]) -> None:
-    """Equal drawings cannot be told apart, so nothing is left of the gradient."""
+    """Equal images cannot be told apart, so nothing is left of the gradient."""
     (group,) = bench.sample(prompts[2:3], sampler="ode")
     first = group.trajectories[0]
     twins = replace(group, trajectories=(first, replace(first, member=1, seed=first.seed + 1)))
@@ -436,7 +436,7 @@ def test_kinds_with_different_lr_scales_get_separate_steps(bench: Any, prompts: 
     bench.live.load_state_dict({**bench.live.state_dict(), **start})
     alone = bench.config(flow={"weight": 0.0})
     one_step(bench, alone, groups, both(ALL), lr_scale=0.5)
-    head = bench.live.encoders.lm_head.weight  # no drawing reaches it
+    head = bench.live.encoders.lm_head.weight  # no image reaches it
     assert float((head.detach() - start["encoders.lm_head.weight"]).norm()) == pytest.approx(
         float(moved["encoders.lm_head.weight"]), rel=1e-5
     )
@@ -457,7 +457,7 @@ def test_the_gradient_audit_sums_over_phases(bench: Any, prompts: list[Prompt]) 
         weights.append(bench.weights())
         bench.live.load_state_dict(start)
     together, in_turn, unaudited = found
-    assert "gradient/cosine/understand+generate/all" in together  # a text against a drawing
+    assert "gradient/cosine/understand+generate/all" in together  # a text against an image
     assert in_turn == pytest.approx(together, rel=1e-3, abs=1e-5)
     assert not unaudited
     assert torch.equal(weights[1], weights[2])

@@ -111,7 +111,7 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
 
 
 def drawn(policy: TinyPolicy, prompts: list[Prompt]) -> Trajectory:
-    """A drawing."""
+    """An image."""
     prompt = next(prompt for prompt in prompts if prompt.output == ("image",))
     return policy.sample([prompt], SAMPLING, [0])[0].trajectories[0]
 

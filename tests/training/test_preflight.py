@@ -184,10 +184,10 @@ def test_a_missing_kl_gradient_is_distinguished_from_groups_without_scores(
     drawn = [group for group in groups if group.prompt.output == ("image",)]
     table = table_of(drawn, reasons={(i, g, 0): "failed: away" for i in range(len(drawn)) for g in range(1, 4)})
     found = {c.check: c for c in first_update_checks(policies, drawn, table, 0.01)}
-    check = found["gradient of the drawing divergence"]
+    check = found["gradient of the image divergence"]
     assert not check.ok
-    assert check.detail.startswith("no group of drawings had two valid scores to compare, 1 at most of 4 members")
+    assert check.detail.startswith("no group of images had two valid scores to compare, 1 at most of 4 members")
     spread = first_update_checks(policies, drawn, table_of(drawn, spread=False), 0.01)
-    assert "no group of drawings has a reward that spreads" in spread[-1].detail
+    assert "no group of images has a reward that spreads" in spread[-1].detail
     silent = first_update_checks(policies, drawn, table_of(drawn), 0.01)
     assert "layer of zeros" in silent[-1].detail

@@ -143,7 +143,7 @@ def in_processes(tmp_path: Path, size: int, function: Callable[..., Any], *args:
 def test_the_gradients_of_all_ranks_are_those_of_one(
     size: int, method: str, lively_base: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    """Seven ranks: some have no drawing, one nothing at all."""
+    """Seven ranks: some have no image, one nothing at all."""
     found = in_processes(tmp_path, size, work.gradients, lively_base, prompts, METHODS[method])
     (alone,) = in_processes(tmp_path, 1, work.gradients, lively_base, prompts, METHODS[method])
     for p, texts in enumerate(alone["texts"]):

@@ -56,7 +56,7 @@ THOUGHT = group(Prompt("t", "reason", ("x",), ("text", "image")), [[text("two"),
 
 
 def table() -> RewardTable:
-    """Two rewards: the first fails once and does not apply to the drawing; the second fails for the whole question."""
+    """Two rewards: the first fails once and does not apply to the image; the second fails for the whole question."""
     scores = torch.tensor([[[1.0, 9.0], [0.5, 9.0], [9.0, 9.0], [0.0, 9.0]], [[9.0, 0.25]] * 4, [[1.0, 0.75]] * 4])
     mask = scores < 9
     reasons = {(1, g, 0): NOT_APPLICABLE for g in range(4)} | {(0, g, 1): "failed: away" for g in range(4)}

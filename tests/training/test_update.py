@@ -185,11 +185,11 @@ def test_entropy_bonus_raises_the_entropy(policies: Policies, prompts: list[Prom
     assert run_update(policies, groups, nothing, config, 0).means()["entropy/understand"] > before
 
 
-# --- drawings ---
+# --- images ---
 
 
 def latent_loss(policy: Any, group: Group, member: int) -> float:
-    """The flow loss of one drawing, over many times and noises."""
+    """The flow loss of one image, over many times and noises."""
     trajectory = group.trajectories[member]
     segment = trajectory.segments[-1]
     assert isinstance(segment, FlowSegment)

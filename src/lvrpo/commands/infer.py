@@ -72,7 +72,7 @@ def _generation_prompts(table: Path) -> list[str]:
         if row.task != "generate":
             raise InputError(f"{where}: task {row.task!r}: only rows of task 'generate' are drawn: leave it out")
         if row.images:
-            raise InputError(f"{where}: field 'images': a drawing starts from its text alone: leave it out")
+            raise InputError(f"{where}: field 'images': an image starts from its text alone: leave it out")
         texts.append(row.prompt)
     return texts
 
@@ -184,7 +184,7 @@ def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Op
 
 
 def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1, task: Any = None) -> list[Group]:
-    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a task, by default the prompts'.
+    """``count`` outputs per prompt: images from the seed, text greedy. Any: a task, by default the prompts'.
 
     Raises InputError for an option that the policy does not use.
     """

@@ -39,7 +39,7 @@ def sample_prompts(
 CONFIRMED = 0.5
 """A reader confirms a fact where it gives the right answer more than this probability."""
 BATCH_SIZE = 256
-"""Drawings per call of the judge."""
+"""Images per call of the judge."""
 DIGITS = 6
 """Decimals of a recorded score."""
 
@@ -47,7 +47,7 @@ DIGITS = 6
 def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | None, ...]]:
     """Per group and member the reward ``self_vqa`` of the judge: its mean confidence in the facts of the prompt.
 
-    () for a prompt without drawing or without facts, None for a drawing that cannot be read.
+    () for a prompt without image or without facts, None for an image that cannot be read.
     """
     reward = SelfVQA()
     found: list[tuple[float | None, ...]] = [()] * len(groups)
@@ -60,8 +60,8 @@ def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | N
 
 
 def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
-    """For the first drawing of each group: stated facts found by the reader, found by the verifier, and the number on
-    which they agree; None without a drawing, facts that a verifier can check, or a picture that can be read."""
+    """For the first image of each group: stated facts found by the reader, found by the verifier, and the number on
+    which they agree; None without an image, facts that a verifier can check, or a picture that can be read."""
     reward = SelfVQA()
     found: list[ReadBack | None] = [None] * len(groups)
     for places in _batches(groups, reward):
@@ -78,7 +78,7 @@ def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
 
 
 def _batches(groups: Sequence[Group], reward: SelfVQA) -> list[list[int]]:
-    """Indices of the groups with drawings that the reward applies to, in batches of up to ``BATCH_SIZE`` drawings."""
+    """Indices of the groups with images that the reward applies to, in batches of up to ``BATCH_SIZE`` images."""
     places = [p for p, group in enumerate(groups) if reward.applies(group.prompt)]
     chunks: list[list[int]] = []
     size = BATCH_SIZE

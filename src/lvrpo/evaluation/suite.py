@@ -260,7 +260,7 @@ def evaluate(
     returned, with their pictures, which are dropped of all others. The first sample of a prompt does not depend on how
     many are drawn. Raises InputError where ``options.tuned`` was tuned on one of the prompts, and for a benchmark of a
     task that the policy cannot do. A policy that draws nothing, or not after a text, is not asked those prompts of a
-    reasoning benchmark that end in a drawing.
+    reasoning benchmark that end in an image.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
@@ -409,7 +409,7 @@ def _reads(policy: Policy) -> bool:
 
 
 def _reads_back(policy: Policy, benchmark: Benchmark, options: EvaluationOptions) -> bool:
-    """Whether the policy reads its own drawings."""
+    """Whether the policy reads its own images."""
     return options.sampled_prompts > 0 and benchmark.metric == "success" and benchmark.reward is None and _reads(policy)
 
 

@@ -105,7 +105,7 @@ class LatentFlowPolicy(LibraryPolicy, Generic[R]):
     # --- sampling ---
 
     def draw(self, pairs: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Trajectory]:
-        """``sampling.group_size`` drawings after each prompt, given with its seed."""
+        """``sampling.group_size`` images after each prompt, given with its seed."""
         grid, guidance, size = self.latent_grid(sampling.image_size), guidance_of(sampling), sampling.group_size
         members = [(prompt, m, derive_seed(seed, m), seed) for prompt, seed in pairs for m in range(size)]
         rows, found = [self.row(prompt) for prompt, *_ in members], dict[int, Trajectory]()

@@ -254,7 +254,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """Samples a group of answers for every prompt; see ``Policy.sample``. Raises InputError for a drawing."""
+        """Samples a group of answers for every prompt; see ``Policy.sample``. Raises InputError for an image."""
         size, members, new = sampling.group_size, [], sampling.max_new_tokens
         for prompt, seed in zip(prompts, seeds, strict=True):
             self.check_prompt(prompt, sampling)
@@ -287,7 +287,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         return text_segment(ids, self.end_ids, temperature, lambda own: decode(own, skip_special_tokens=True))
 
     def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Raises InputError for a prompt that asks for a drawing or is too long."""
+        """Raises InputError for a prompt that asks for an image or is too long."""
         if prompt.output != ("text",):
             raise InputError(f"prompt {prompt.id!r}: this model reads pictures and does not draw them: ask for a text")
         require_room(prompt, len(self.read_prompt(prompt).ids), sampling.max_new_tokens, self.positions)

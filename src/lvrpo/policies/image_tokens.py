@@ -83,7 +83,7 @@ class ImageTokenPolicy(TransformersPolicy):
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "tokens")
     tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
-    """Without ``edit``: drawings follow text alone."""
+    """Without ``edit``: images follow text alone."""
     kind: ClassVar[str]
     """Name of the model in messages, such as "a Janus"."""
     end_id: int
@@ -105,7 +105,7 @@ class ImageTokenPolicy(TransformersPolicy):
 
     @abstractmethod
     def drawn_size(self, sampling: Sampling) -> tuple[int, int]:
-        """Height and width of a drawing in pixels; raises InputError for a size that it cannot draw."""
+        """Height and width of an image in pixels; raises InputError for a size that it cannot draw."""
 
     @abstractmethod
     def context(self, parts: Parts, output: Sequence[OutputKind]) -> Row:
@@ -113,7 +113,7 @@ class ImageTokenPolicy(TransformersPolicy):
 
     @abstractmethod
     def start_image(self, size: tuple[int, int]) -> list[int]:
-        """Ids that precede the first image token of a drawing of this height and width in pixels."""
+        """Ids that precede the first image token of an image of this height and width in pixels."""
 
     @abstractmethod
     def without_prompt(self, row: Row, size: tuple[int, int]) -> Row:
@@ -162,7 +162,7 @@ class ImageTokenPolicy(TransformersPolicy):
         self._check(prompt, sampling, self.drawn_size(sampling))
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """Each member's row holds the prompt by itself; under guidance a drawing has two rows."""
+        """Each member's row holds the prompt by itself; under guidance an image has two rows."""
         row, scored = self._scored_row(trajectory, SEGMENT_KINDS)
         branches = [one.unguided.ids for one in scored if one.unguided is not None]
         return TokenCounts(0, len(row.ids), sum(map(len, branches)))
@@ -171,7 +171,7 @@ class ImageTokenPolicy(TransformersPolicy):
         return size[0] // self.token_side, size[1] // self.token_side
 
     def _drawing(self, size: tuple[int, int]) -> int:
-        """Length of a drawing in a row: its start, its tokens and the ends of its lines."""
+        """Length of an image in a row: its start, its tokens and the ends of its lines."""
         h, w = self._grid(size)
         return len(self.start_image(size)) + h * (w + (self.line_end is not None))
 

@@ -26,7 +26,7 @@ THINK_THEN_ANSWER = "Think about the question step by step, then say the answer.
 THINK_THEN_DRAW = (
     "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
 )
-"""Instruction before prompts of the task ``reason`` that ask for a drawing."""
+"""Instruction before prompts of the task ``reason`` that ask for an image."""
 OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 """Those of a model that draws from text alone."""
 

@@ -248,12 +248,12 @@ class Measure:
 
 
 MEASURES = (
-    Measure("drawings", "generate"),
+    Measure("generation", "generate"),
     Measure("unguided", "generate_plain"),
     Measure("unseen compositions", "generate", prompts="unseen"),
     Measure("pass@16", "generate", "pass", 16),
-    Measure("edits", "edit"),
-    Measure("questions", "understand", "balanced"),
+    Measure("editing", "edit"),
+    Measure("understanding", "understand", "balanced"),
     Measure("reasoning", "reason"),
 )
 SEEN = Measure("seen compositions", "generate", prompts="seen")

@@ -34,11 +34,11 @@ RIVAL = "rival"
 
 NOTES = f"""\
 Each row at guidance and temperature tuned on the validation split; *unguided*: one pass at guidance
-1, greedy. *Drawings, edits, reasoning*: share of test prompts whose one output is right as a whole. *Unseen
-compositions*: drawings of combinations that training never shows. *pass@16*: at least one of 16 drawings is right.
-*Questions*: balanced accuracy, the mean over forms of question. In brackets the change against the base, with the
+1, greedy. *Generation, editing, reasoning*: share of test prompts whose one output is right as a whole. *Unseen
+compositions*: images of combinations that training never shows. *pass@16*: at least one of 16 images is right.
+*Understanding*: balanced accuracy, the mean over forms of question. In brackets the change against the base, with the
 95 % interval over runs and prompts. {FEW}: fewer than {MIN_SEEDS} runs, too few for a conclusion. A row that is the
-best of several drawings is known on the prompts that were sampled often, and compared on these. *Detectable*: the
+best of several images is known on the prompts that were sampled often, and compared on these. *Detectable*: the
 minimal true difference that these runs and prompts detect with probability .8. *Significant*: the interval excludes 0
 and p, adjusted for the rows of the table (Holm), is below {LEVEL}. Runs of one base are not independent: the number of
 bases stands beside that of runs."""
@@ -249,7 +249,7 @@ def _generalization(plan: TablePlan, evidence: Evidence) -> str:
     ratio = gains[0].interval.score / gains[1].interval.score if gains[1].interval.excludes_zero else float("nan")
     share = f"{ratio:.2f} of it" if np.isfinite(ratio) else "no share, as the latter is not significant"
     return (
-        f"Drawings, {plan.ours} minus base: unseen compositions {_interval(gains[0])}, seen compositions in unseen "
+        f"Generation, {plan.ours} minus base: unseen compositions {_interval(gains[0])}, seen compositions in unseen "
         f"texts {_interval(gains[1])}; the former is {share}."
     )
 

@@ -150,7 +150,7 @@ def _select(views: list[SampleView], most: int) -> Selection:
 
 
 def _drawn_first(selection: Selection) -> Selection:
-    """Drawings and answers are cards of two shapes: each shape by itself, the worst of it first."""
+    """Images and answers are cards of two shapes: each shape by itself, the worst of it first."""
     shown, folded = (tuple(sorted(v, key=lambda view: not view.drawn)) for v in (selection.shown, selection.folded))
     return Selection(shown, folded, selection.total)
 

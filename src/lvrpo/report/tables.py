@@ -177,7 +177,7 @@ def _answers_table(phases: Mapping[str, Results], difference: Results) -> TextTa
 
 
 def _agreement_table(phases: Mapping[str, Results]) -> TextTable:
-    """How a model reads its own drawings."""
+    """How a model reads its own images."""
     rows = []
     for benchmark in _benchmarks(phases, "agreement"):
         for phase, results in phases.items():

@@ -33,7 +33,7 @@ class Agreement(Config):
     agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
     category, of all processes together; in Ray actors, which see one group at a time, there is none.
 
-    Where a drawing follows the text, the text alone is judged.
+    Where an image follows the text, the text alone is judged.
 
     An answer that is empty or was cut off is masked and has no vote, and so is one that the judge can say nothing of.
     Range {0, 1}.

@@ -1,4 +1,4 @@
-"""The reward protocol, and what rewards of drawings and of judges share."""
+"""The reward protocol, and what rewards of images and of judges share."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def score_each(groups: Sequence[Group], score: Callable[[Trajectory], float | st
 
 
 def score_images(groups: Sequence[Group], score: Callable[[Prompt, Image], float], failed: str) -> Scores:
-    """Scores of a function of a prompt and its drawing; ``failed``: what another error of it says, beside its words."""
+    """Scores of a function of a prompt and its image; ``failed``: what another error of it says, beside its words."""
 
     def scored(trajectory: Trajectory) -> float | str:
         image, problem = trajectory.image, image_problem(trajectory)

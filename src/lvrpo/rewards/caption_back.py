@@ -18,7 +18,7 @@ from lvrpo.types import Group, Prompt
 
 
 class CaptionBack(Config):
-    """F1 of the words of the judge's description of the drawing with the words of the prompt.
+    """F1 of the words of the judge's description of the image with the words of the prompt.
 
     F1 = 2 |c n p| / (|c| + |p|) over multisets of words, of the greedy description. An output whose description is
     empty or was cut off at ``max_new_tokens`` is masked. Range [0, 1].

@@ -119,7 +119,7 @@ class ExternalVLM:
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Mean log-prob per token, end token included, of each text as the answer to its context, (batch,).
 
-        Rows whose inputs are of one shape go through the model together, such as the drawings of a group with one
+        Rows whose inputs are of one shape go through the model together, such as the images of a group with one
         question; nothing is padded, as padding moves the log-probs of some models. The first batch is compared with
         its rows one by one, and a model whose batches differ gets every row alone.
         """

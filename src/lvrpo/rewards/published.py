@@ -186,7 +186,7 @@ class _Asks(Config):
 
     @abstractmethod
     def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        """The scores of groups of drawings."""
+        """The scores of groups of images."""
 
     @abstractmethod
     def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
@@ -196,7 +196,7 @@ class _Asks(Config):
 class Instruction(_Asks):
     """Binary satisfaction of constraints (LVRPO, arXiv:2603.27693, the term r_ins). Range {0, 1}.
 
-    The constraints of a drawing are the prompt's facts. Those of a text are rules: ``rules`` for every text, and those
+    The constraints of an image are the prompt's facts. Those of a text are rules: ``rules`` for every text, and those
     of a prompt's own row over them.
 
     Differs from the paper: no rule of the paper's is known to us beyond its kinds.
@@ -297,7 +297,7 @@ def _occurs(phrase: str, text: str) -> bool:
 class Knowledge(_Asks):
     """Answers of a model of visual questions (LVRPO, arXiv:2603.27693, the term r_kn). Range [0, 1].
 
-    Of a drawing: its mean confidence in the right answers to the prompt's questions, as ``self_vqa`` has it. Of a text
+    Of an image: its mean confidence in the right answers to the prompt's questions, as ``self_vqa`` has it. Of a text
     about pictures: its confidence in that text as the answer, exp(mean log-prob per token).
 
     With the own source, the confidence in texts rewards what the policy says anyway: where answers are known,

@@ -327,7 +327,7 @@ def kind_of(question: str) -> str:
 
 
 def with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:
-    """The group with other facts about its drawings."""
+    """The group with other facts about its images."""
     prompt = replace(group.prompt, facts=facts)
     return Group(prompt, tuple(replace(trajectory, prompt=prompt) for trajectory in group.trajectories))
 

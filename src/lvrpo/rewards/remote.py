@@ -126,7 +126,7 @@ def shared_namespace() -> str:
 
 
 def portable(group: Group) -> Group:
-    """A copy of a group without what rewards do not read: the states of drawings, which are megabytes."""
+    """A copy of a group without what rewards do not read: the states of images, which are megabytes."""
 
     def own(value: Any) -> Any:  # Any: whatever a field holds
         return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

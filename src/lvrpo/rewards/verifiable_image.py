@@ -37,7 +37,7 @@ class TextReader(Protocol):
 
 
 class OCR(Config):
-    """The share of the requested text that can be read in the drawing. Range [0, 1].
+    """The share of the requested text that can be read in the image. Range [0, 1].
 
     Spacing does not matter. What is drawn beyond the text asked for counts as wrong; a picture without text gets 0, for
     it was read and has none. A picture that the reader fails on is masked.

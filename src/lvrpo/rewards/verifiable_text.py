@@ -100,7 +100,7 @@ class ExactAnswer(Config):
     sides: ClassVar = ()
 
     thoughts: bool = True
-    """Whether a text that is followed by a drawing is scored too."""
+    """Whether a text that is followed by an image is scored too."""
     cut_off: CutOff = "score"
     """score: a text that met the length limit is not the answer and gets 0, as an answer that never ends would
     otherwise be free; mask: it has no score."""

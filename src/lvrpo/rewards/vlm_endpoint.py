@@ -44,7 +44,7 @@ class VLMEndpoint(Config):
     endpoint: EndpointConfig
     """The model that judges."""
     ask: Ask = "questions"
-    """questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as
+    """questions: share of the prompt's facts whose question it answers rightly from the image alone (what counts as
     an answer: ``rewards.vlm_endpoint``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
     10."""
     template: str | None = None

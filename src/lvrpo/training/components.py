@@ -276,7 +276,7 @@ def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
 def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task, validator: Validator) -> None:
     """Raises InputError for prompts that ask for an image, or for one after a text, if the policy cannot draw it."""
     draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
-    asked = "a drawing after a text" if draws else "a picture"
+    asked = "an image after a text" if draws else "a picture"
     why = f"policy={config.policy} {'draws after a prompt alone' if draws else READS_ONLY}"
     remedy = "set data.scenes.weights={reason/draw_answer: 0}" if config.data.source == "scenes" else "leave it out"
     for task, count in config.data.prompts_per_step.items():

@@ -453,7 +453,7 @@ class TrainConfig(Config):
         if rollout.engine.kind == "custom" and isinstance(self.flow, RecordedStepsConfig):
             raise ValueError(
                 f"flow.kind={self.flow.kind}: takes ratios of steps to log-probs of another program "
-                "(rollout.engine.kind=custom), and those of drawings are not corrected: use flow.kind=nft or awm"
+                "(rollout.engine.kind=custom), and those of images are not corrected: use flow.kind=nft or awm"
             )
         if rollout.sample_from == "reference" and rollout.max_resamples:
             raise ValueError("rollout.max_resamples needs fresh outputs: set rollout.sample_from to policy")

@@ -1,7 +1,7 @@
 """Rollout engine for images: an SGLang-Diffusion server over HTTP (its interface of version 0.5.23).
 
 It returns final latents, which DiffusionNFT and AWM train on: no path and no log-probs. Every transfer of weights is
-followed by a probe: one step of a drawing, whose velocity has to be the policy's.
+followed by a probe: one step of an image, whose velocity has to be the policy's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SGLangDiffusionServer(EngineClient):
 
     name = "SGLang-Diffusion"
     command = "sglang serve --model-path BASE"
-    most_bytes = 2**32  # with the pixels in float32: 100 MB for eight drawings of 1024 x 1024
+    most_bytes = 2**32  # with the pixels in float32: 100 MB for eight images of 1024 x 1024
 
     def __init__(self, policy: Policy, config: ServerEngineConfig) -> None:
         """``policy``: the trained policy. Raises InputError for one that is no pipeline of diffusers, or edits."""
@@ -101,7 +101,7 @@ class SGLangDiffusionServer(EngineClient):
             )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """A group of drawings per prompt, one request each, by steps of the ODE; see ``RolloutEngine.sample``."""
+        """A group of images per prompt, one request each, by steps of the ODE; see ``RolloutEngine.sample``."""
         policy, groups = self.policy, []
         self._check(sampling)
         grid = policy.latent_grid(sampling.image_size)

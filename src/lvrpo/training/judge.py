@@ -214,7 +214,7 @@ def build_judge_rows(
     if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({e.prompt.text for e in pictures}) < 2):
         raise InputError(
             f"judge.refresh_every={config.refresh_every}: a reward asks the generation side of the judge, and only "
-            f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "
+            f"{len(pictures)} held-out images with descriptions decide on a new one: give validation rows of task "
             f"'generate' a target, at least {MIN_QUESTIONS} of two descriptions, or leave it out"
         )
     return JudgeRows(questions, pictures)

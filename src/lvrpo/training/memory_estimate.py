@@ -153,7 +153,7 @@ SMALL_MOMENTS = 4096
 PROGRAM = {"cpu": 56 << 20, "cuda": 2 * (32 << 20)}
 """Memory besides tensors. CPU: measured anonymous memory of a run of a policy of 4 MiB, with the data of the built-in
 world. GPU: two cuBLAS workspaces (forward and backward thread), as large as on an H100."""
-NAMES: dict[OutputKind, str] = {"text": "text", "image": "drawings"}
+NAMES: dict[OutputKind, str] = {"text": "text", "image": "images"}
 """Kinds of outputs in the names of phases."""
 
 
@@ -339,7 +339,7 @@ class StepMemory:
                 self._replay(objective, [group for group in self.groups if group.prompt.task == task])
 
     def asks_judge(self) -> bool:
-        """Whether a reward may ask the judge about drawings."""
+        """Whether a reward may ask the judge about images."""
         if "read" not in getattr(self.module, "judging_sides", SIDES):  # optional in a class
             return False
         rows = [r for r in self.config.rewards if r.where is None and r.name != TASK_REWARD]

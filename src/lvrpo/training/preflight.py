@@ -53,7 +53,7 @@ NAMES: dict[SegmentKind, str] = {
 }
 """Names of the kinds of segments in checks."""
 
-GROUPS: dict[SegmentKind, str] = {"text": "texts", "flow": "drawings", "tokens": "drawings", "masked": "drawings"}
+GROUPS: dict[SegmentKind, str] = {"text": "texts", "flow": "images", "tokens": "images", "masked": "images"}
 """Names of their groups in messages."""
 
 

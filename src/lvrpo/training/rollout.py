@@ -232,7 +232,7 @@ class RolloutConfig(Config):
     contract.json holds the divergence of its log-probs from the trainer's."""
     steps_ahead: int = Field(default=0, ge=0, le=1)
     """1: while the policy trains on a step, the engine samples the next one, with the weights of before the update.
-    Importance weights correct texts and image tokens for the step of delay; flows take drawings as they are."""
+    Importance weights correct texts and image tokens for the step of delay; flows take images as they are."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
     """Number of steps whose prompts are repeated in turn; 0: new prompts in every step. With sample_from=reference
     their outputs are sampled once and kept in memory."""

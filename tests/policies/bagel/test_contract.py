@@ -359,7 +359,7 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("vae={multipliers:[0,1]}", "vae.multipliers.0=0: must be >= 1"),
         ("vae={scale:0}", "vae.scale=0: must be > 0"),
         ("image_size=16 patch_size=32", "image_size=16: a patch that is read has 32 x 32 pixels: use a larger one"),
-        ("image_size=20 vae={multipliers:[1,1,1,1,1]}", "image_size=20: a token of a drawing has 32 x 32 pixels"),
+        ("image_size=20 vae={multipliers:[1,1,1,1,1]}", "image_size=20: a token of an image has 32 x 32 pixels"),
         ("seed=9223372036854775808", "seed=9223372036854775808: must be < 9223372036854775808"),
     ],
 )

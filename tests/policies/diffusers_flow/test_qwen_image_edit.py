@@ -101,7 +101,7 @@ def test_an_edit_is_that_of_the_pipeline(
     assert isinstance(policy, DiffusersEditOnlyPolicy)
     assert type(pipe).__name__ == name
     shape, generator = (24, policy.pipeline.channels), torch.Generator().manual_seed(2)
-    sources = [torch.rand(3, *size, generator=generator) for size in ((20, 30), (64, 96))]  # neither is the drawing's
+    sources = [torch.rand(3, *size, generator=generator) for size in ((20, 30), (64, 96))]  # neither is the image's
     prompts = [Prompt(f"e{i}", "edit", (source, "make it red"), ("image",)) for i, source in enumerate(sources)]
     for guidance in (1.0, 4.0):
         groups = policy.sample(prompts, replace(ODE, image_size=(32, 48), guidance_scale=guidance), [3, 3])

@@ -63,7 +63,7 @@ def test_greedy_answers_and_their_log_probs_are_the_library_s(
 
 
 def constrained(model: Any, processor: Any, height: int, width: int) -> Callable[[int, torch.Tensor], list[int]]:
-    """The layout of a drawing, for ``generate``: lines of image tokens, then the ends of frame, picture and text."""
+    """The layout of an image, for ``generate``: lines of image tokens, then the ends of frame, picture and text."""
     tokens, named = processor.tokenizer, model.config.vocabulary_map
     ends = [tokens.eof_token_id, tokens.eoi_token_id, tokens.eos_token_id]
 

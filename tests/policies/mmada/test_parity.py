@@ -90,7 +90,7 @@ def test_rows_and_logits_of_drawings_are_theirs(
 def test_log_probs_of_their_own_drawings_are_theirs(
     policy: MmadaPolicy, settings: dict[str, Any], vectors: dict[str, torch.Tensor]
 ) -> None:
-    """Two drawings that their sampler made, with the step at which it fixed each token."""
+    """Two images that their sampler made, with the step at which it fixed each token."""
     trajectories, one = [], torch.ones(1, 16, dtype=torch.bool)
     for b, text in enumerate(settings["prompts"]):
         tokens, steps = vectors["path_tokens"][b], vectors["path_steps"][b]

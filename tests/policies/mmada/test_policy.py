@@ -1,4 +1,4 @@
-"""Rollout, replay, likelihoods, judging and files of a small random MMaDA; drawings are also Show-o's tests."""
+"""Rollout, replay, likelihoods, judging and files of a small random MMaDA; images are also Show-o's tests."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_rows_and_logits_of_drawings_are_theirs(
 def test_log_probs_of_their_own_drawings_are_theirs(
     policy: ShowoPolicy, settings: dict[str, Any], vectors: dict[str, torch.Tensor]
 ) -> None:
-    """Two drawings that their sampler made, with the step at which it fixed each token."""
+    """Two images that their sampler made, with the step at which it fixed each token."""
     num_steps, trajectories = settings["num_steps"], []
     counts = torch.tensor([16, *masked_counts(16, num_steps)[:-1]])
     expected = counts - torch.tensor([0, 0, 0, 0, 1, 0])  # 16 cos(pi / 3) is below 8 in their float32

@@ -69,7 +69,7 @@ def test_parts_of_a_batch_give_the_same(folder: Path, prompts: list[Prompt]) -> 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @torch.no_grad()
 def test_all_drawings_of_one_order_have_probability_1(scale: float) -> None:
-    """Two codes at four places, in two steps: 16 drawings. A step fixes tokens independently of one another."""
+    """Two codes at four places, in two steps: 16 images. A step fixes tokens independently of one another."""
     policy = create_showo(ShowoSizes(image_size=16, bits=1))
     steps, one = torch.tensor([1, 0, 1, 0]), torch.ones(1, 4, dtype=torch.bool)
     prompt, total = Prompt("g", "generate", ("a red circle",), ("image",)), []

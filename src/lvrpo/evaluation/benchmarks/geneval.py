@@ -126,9 +126,9 @@ COUNTING = "counting"
 
 
 class GenEvalRules:
-    """1 where the rules of GenEval hold of the objects that a detector finds in a drawing, else 0.
+    """1 where the rules of GenEval hold of the objects that a detector finds in an image, else 0.
 
-    A drawing that the detector fails on is masked.
+    An image that the detector fails on is masked.
     """
 
     judges: ClassVar = ("image",)
@@ -156,7 +156,7 @@ class GenEvalRules:
 
 
 class ConfirmedFacts:
-    """1 where the judge confirms every fact of the prompt from the drawing alone, else 0.
+    """1 where the judge confirms every fact of the prompt from the image alone, else 0.
 
     It confirms a fact where it gives the right answer more than half of its confidence: among all numbers or colors,
     or of yes and no, which are offered in both orders.

@@ -97,7 +97,7 @@ class BenchmarkInputs:
     thresholds: tuple[float, float] | None = None
     """Scores of the detector that count: of all prompts, and of those about numbers."""
     vlm: Path | None = None
-    """The judge of questions about drawings: a local folder of ``transformers``, or a YAML file of an endpoint."""
+    """The judge of questions about images: a local folder of ``transformers``, or a YAML file of an endpoint."""
     device: str = "auto"
 
 

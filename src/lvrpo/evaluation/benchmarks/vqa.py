@@ -32,7 +32,7 @@ from lvrpo.rewards.vlm_endpoint import ask_endpoint, read_answer
 from lvrpo.types import Fact, Group, Prompt
 
 Combine = Callable[[Prompt, Sequence[float]], float]
-"""The score of a drawing from the score of each of its questions, both in [0, 1]."""
+"""The score of an image from the score of each of its questions, both in [0, 1]."""
 ONE_WORD = "{question} Answer in one word."
 """Template of a question to an endpoint."""
 SMALLEST = 1e-6
@@ -40,7 +40,7 @@ SMALLEST = 1e-6
 
 
 class ImageJudge:
-    """Who looks at drawings: a folder of ``transformers``, an endpoint, or neither, which is the policy's judge."""
+    """Who looks at images: a folder of ``transformers``, an endpoint, or neither, which is the policy's judge."""
 
     def __init__(self, vlm: Path | None = None, device: str = "auto") -> None:
         """``vlm``: a folder, or a YAML file with the keys of an endpoint; None: the judge itself. Raises InputError."""
@@ -54,7 +54,7 @@ class ImageJudge:
 
 
 class QuestionScorer:
-    """Asks a judge every question of a prompt about its drawing and combines the answers. Range [0, 1].
+    """Asks a judge every question of a prompt about its image and combines the answers. Range [0, 1].
 
     Of a policy or a folder, the score of a question is the share of the right answer among those to choose from
     (``SelfVQA``); of an endpoint, 1 for the right answer and 0 for another. One question without an answer masks the
@@ -213,7 +213,7 @@ def build_dpg(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
 def question_benchmark(
     name: str, prompts: Sequence[Prompt], scorer: QuestionScorer, samples: int = 1, mean_over: MeanOver = "prompts"
 ) -> Benchmark:
-    """A benchmark of drawings whose prompts come with questions."""
+    """A benchmark of images whose prompts come with questions."""
     text = "\n".join(str((p.parts, [(f.question, f.answer) for f in p.facts])) for p in prompts)
     data = f"{len(prompts)} prompts, {digest(text)}"
     return image_benchmark(name, prompts, scorer, data, scorer.judged_by, samples=samples, mean_over=mean_over)

@@ -167,10 +167,10 @@ def wi_score(numbers: Sequence[int], protocol: Protocol) -> float:
 
 
 class WiScore:
-    """The WiScore of a drawing by a judge that knows the explanation. Range [0, 1].
+    """The WiScore of an image by a judge that knows the explanation. Range [0, 1].
 
     An endpoint writes all numbers in one answer; of a policy or a folder each number is the one that it gives the
-    highest probability. A drawing without a number for every aspect is masked.
+    highest probability. An image without a number for every aspect is masked.
     """
 
     judges: ClassVar = ("image",)

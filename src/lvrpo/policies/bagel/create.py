@@ -56,7 +56,7 @@ class BagelSizes(Config):
             rule = "the width must be a multiple of the heads"
             raise ValueError(f"vit_width={self.vit_width}, vit_heads={self.vit_heads}: {rule}")
         token = 2 * self.vae.downsample
-        for pixels, what in ((token, "a token of a drawing"), (self.patch_size, "a patch that is read")):
+        for pixels, what in ((token, "a token of an image"), (self.patch_size, "a patch that is read")):
             if self.image_size < pixels:
                 raise ValueError(
                     f"image_size={self.image_size}: {what} has {pixels} x {pixels} pixels: use a larger one"

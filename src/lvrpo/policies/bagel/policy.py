@@ -41,7 +41,7 @@ from lvrpo.types import Example, Group, Image, Part, Prompt, TaskKind
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"
 """Stems of the model files, with descriptions; the EMA is preferred."""
-AUTOENCODER = ("ae",), "the autoencoder that drawings go through"
+AUTOENCODER = ("ae",), "the autoencoder that images go through"
 MAX_TOKENS = 32768
 """Tokens that go through the transformer at once: eight images of 1024 x 1024."""
 THOUGHT_TOKENS = 1000

@@ -43,7 +43,7 @@ class PipelineSizes(Config):
     vae_stride: int = Field(default=4, ge=1, le=64)
     """A power of two: pixels along a side of a latent pixel."""
     image_size: int = Field(default=32, ge=2, le=8192)
-    """Default side of a drawing in pixels; that of a FLUX is 128 vae_stride, whatever its sizes."""
+    """Default side of an image in pixels; that of a FLUX is 128 vae_stride, whatever its sizes."""
     shift: float = Field(default=3.0, gt=0, le=1000)
     """Timestep shift, unless the scheduler's shift depends on the size."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -215,7 +215,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
 
 
 class DiffusersEditPolicy(DiffusersPolicy):
-    """A pipeline that also edits: the prompt has one source image, which is resized to the size of the drawing."""
+    """A pipeline that also edits: the prompt has one source image, which is resized to the size of the output."""
 
     tasks: tuple[TaskKind, ...] = ("generate", "edit")
 

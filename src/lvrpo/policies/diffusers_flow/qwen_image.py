@@ -78,7 +78,7 @@ class QwenImage(FlowPipeline):
 
 
 class QwenImageEdit(QwenImage):
-    """Qwen-Image-Edit: Qwen2.5-VL reads the source image, whose latents follow those of the drawing, too.
+    """Qwen-Image-Edit: Qwen2.5-VL reads the source image, whose latents follow those of the output, too.
 
     Both branches of guidance have the image. Its tokens have the positions of rows and columns that the weights were
     trained with, which pipelines of diffusers up to 0.42 leave out with transformers 5 (diffusers issue 14194).

@@ -39,7 +39,7 @@ class Emu3Sizes(LanguageSizes):
     """Sizes of a random Emu3; image tokens come to ``vocabulary_size``."""
 
     image_size: int = Field(default=32, ge=8, multiple_of=8, le=1024)
-    """Side of the square drawings, and of the largest square picture that is read whole."""
+    """Side of the square outputs, and of the largest square image that is read whole."""
     codes: int = Field(default=64, ge=2, le=1_000_000)
     """Different image tokens."""
 

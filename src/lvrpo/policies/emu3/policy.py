@@ -20,7 +20,7 @@ from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 KIND = "an Emu3"
 DRAWN_PIXELS = 720 * 720
-"""Default size of a drawing."""
+"""Default size of an image."""
 DECODED = 4
 """Pictures that go through the autoencoder at once."""
 TEMPLATE = (
@@ -34,7 +34,7 @@ TEMPLATE = (
 class Emu3Policy(ImageTokenPolicy):
     """Emu3-Chat and Emu3-Gen, as ``Emu3ForConditionalGeneration`` of transformers computes them.
 
-    Texts and image tokens share one vocabulary and one head. A drawing is announced by its height and width in tokens;
+    Texts and image tokens share one vocabulary and one head. An image is announced by its height and width in tokens;
     every line of it ends with a token that is not sampled. The unconditional branch of guidance has an empty prompt.
     """
 
@@ -150,7 +150,7 @@ class Emu3Policy(ImageTokenPolicy):
     # --- rows ---
 
     def context(self, parts: Parts, output: Sequence[OutputKind]) -> Row:
-        """See ``ImageTokenPolicy.context``: the bare text before a drawing, a chat before an answer or a plan."""
+        """See ``ImageTokenPolicy.context``: the bare text before an image, a chat before an answer or a plan."""
         if output == ("image",):
             for part in parts:
                 self.check_text(str(part))

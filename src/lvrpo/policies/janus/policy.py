@@ -119,7 +119,7 @@ class JanusPolicy(ImageTokenPolicy):
         return Row(tuple(self.processor.prompt(parts, "image" in output)), pictures)
 
     def start_image(self, size: tuple[int, int]) -> list[int]:
-        """The marker that begins a drawing."""
+        """The marker that begins an image."""
         return [self.processor.ids["boi_token"]]
 
     def without_prompt(self, row: Row, size: tuple[int, int]) -> Row:

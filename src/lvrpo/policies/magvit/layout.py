@@ -73,7 +73,7 @@ class TokenLayout(StoredFiles, ABC):
 
     @abstractmethod
     def caption(self, text: Sequence[int]) -> list[int]:
-        """The row before the image tokens of a drawing; an empty text is the unconditional branch of guidance."""
+        """The row before the image tokens of an image; an empty text is the unconditional branch of guidance."""
 
     @abstractmethod
     def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> RowBatch:

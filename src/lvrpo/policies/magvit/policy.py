@@ -86,7 +86,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     @property
     @abstractmethod
     def caption_limit(self) -> int:
-        """The most text tokens in the row of a drawing."""
+        """The most text tokens in the row of an image."""
 
     @abstractmethod
     def save_parts(self, folder: Path) -> None:
@@ -114,7 +114,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     @property
     def drawn_side(self) -> int:
-        """Side of a drawing in pixels."""
+        """Side of an image in pixels."""
         return round(self.image_tokens**0.5) * self.magvit.config.patch_size
 
     def choice_temperature(self, sampling: Sampling, step: int) -> float:
@@ -199,13 +199,13 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
             return (self.magvit.decode(codes[None].to(self.device))[0].cpu() / 2 + 0.5).clamp(0, 1)
 
     def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
-        """The row before an answer; see ``segment_context`` for that before a drawing."""
+        """The row before an answer; see ``segment_context`` for that before an image."""
         self._require_one_picture(f"{_text(parts)[:40]!r}", parts)
         pictures = [part for part in parts if isinstance(part, torch.Tensor)]
         return self.layout.question(self.encode_image(pictures[0]) if pictures else None, _text(parts))
 
     def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
-        """The row before an answer or a plan, or before the image tokens of a drawing: the prompt, then its plan.
+        """The row before an answer or a plan, or before the image tokens of an image: the prompt, then its plan.
 
         Raises InputError for a picture or a text that has no place in it.
         """
@@ -259,7 +259,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
         return guide_logits(logits[: len(codes)], logits[len(codes) :], scale, mode)
 
     def _code_logits(self, contexts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits of the image tokens of drawings, in their places: (B, N, K)."""
+        """Logits of image tokens, in their places: (B, N, K)."""
         states = torch.stack([own[1:-1] for own in self._image_states(contexts, codes)])
         first = self.layout.first_code
         with self.autocast():

@@ -38,7 +38,7 @@ class MmadaSizes(MagvitSizes):
         if self.heads % self.key_heads:
             raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
         if self.positions < self.image_tokens + 16:
-            raise ValueError(f"positions={self.positions}: a drawing takes {self.image_tokens + 16}: use more")
+            raise ValueError(f"positions={self.positions}: an image takes {self.image_tokens + 16}: use more")
         return self
 
 

@@ -1,4 +1,4 @@
-"""MMaDA as a policy: answers by masked decoding in blocks; drawings are those of its base."""
+"""MMaDA as a policy: answers by masked decoding in blocks; images are those of its base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lvrpo.policies.mmada.layout import MmadaLayout
 from lvrpo.types import TaskKind, TextSegment, Trajectory
 
 HEAD = 513
-"""The most places of a drawing's row before <|soi|>, as in training."""
+"""The most places of an image's row before <|soi|>, as in training."""
 
 
 class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
@@ -45,7 +45,7 @@ class MmadaPolicy(MaskedTextPolicy, MagvitPolicy[MmadaLayout]):
         return min(HEAD, self.positions - self.image_tokens - 2) - 3
 
     def default_sampling(self, task: TaskKind) -> Sampling:
-        """The published settings: drawings in 15 steps at guidance 3.5, which is 4.5 here (``guide_logits``)."""
+        """The published settings: images in 15 steps at guidance 3.5, which is 4.5 here (``guide_logits``)."""
         return Sampling(
             max_new_tokens=min(256 if task == "reason" else 128, self.longest_text),
             num_steps=min(15, self.image_tokens),

@@ -35,7 +35,7 @@ class ShowoSizes(MagvitSizes):
         if self.width % (4 * self.heads):
             raise ValueError(f"heads={self.heads}: a width of {self.width} must be a multiple of 4 x heads")
         if self.positions < HEAD + self.image_tokens + 2:
-            raise ValueError(f"positions={self.positions}: a drawing takes {HEAD + self.image_tokens + 2}: use more")
+            raise ValueError(f"positions={self.positions}: an image takes {HEAD + self.image_tokens + 2}: use more")
         return self
 
 

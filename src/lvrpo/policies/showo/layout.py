@@ -25,7 +25,7 @@ MARKERS = (
 )
 """After the text tokens, in this order; the image tokens follow, and then the mask."""
 HEAD = 129
-"""Places of a drawing's row before its image tokens: task, text between two ends, padding on the left."""
+"""Places of an image's row before its image tokens: task, text between two ends, padding on the left."""
 OWNER = "Phi-1.5"
 """Whose tokenizer it is."""
 
@@ -66,7 +66,7 @@ class ShowoLayout(TokenLayout):
         """Rows in one batch, padded on the right or the left.
 
         Places before an image that is read, and those of an image, see the whole image and all before it; all others
-        see what is before them. A drawing's image begins at place ``HEAD``, wherever its caption begins.
+        see what is before them. An image begins at place ``HEAD``, wherever its caption begins.
         """
         ids, valid = filled(rows, self.marker("[PAD]"), left)
         most = ids.shape[1]
@@ -85,7 +85,7 @@ class ShowoLayout(TokenLayout):
         return RowBatch(ids, places.clamp(min=0), seen | torch.eye(most, dtype=torch.bool), valid)
 
     def captions(self, contexts: Sequence[Sequence[int]]) -> RowBatch:
-        """Rows before the image tokens of drawings in one batch, padded on the left: they end before place ``HEAD``."""
+        """Rows before the image tokens of images in one batch, padded on the left: they end before place ``HEAD``."""
         batch = self.padded(contexts, left=True)
         most = batch.ids.shape[1]
         return replace(batch, places=torch.arange(HEAD - most, HEAD).expand(len(contexts), -1))

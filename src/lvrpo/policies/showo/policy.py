@@ -1,4 +1,4 @@
-"""Show-o as a policy: answers by causal text after pictures that it reads whole; drawings are those of its base."""
+"""Show-o as a policy: answers by causal text after pictures that it reads whole; images are those of its base."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
                 logits = self.model.lm_head(states[len(context) - 1 :])
             yield SegmentLogprobs(*token_scores(logits, own, segments[0].temperature, allowed))
 
-    # --- drawings ---
+    # --- images ---
 
     def _image_states(self, contexts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """As ``MagvitPolicy``'s; every distinct context is read once, as its text sees no image token.

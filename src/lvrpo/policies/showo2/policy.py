@@ -50,7 +50,7 @@ SHIFT = 3.0
 class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     """Show-o2 of any size. It draws from text alone and answers questions about pictures; its autoencoder is frozen.
 
-    The unguided branch of a drawing has an empty prompt; both branches are one batch.
+    The unguided branch of an image has an empty prompt; both branches are one batch.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
