@@ -89,7 +89,7 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
                 frozen = {name: objective.reference_outputs(name, policy, batch) for name in objective.frozen_policies}
             output = objective.loss(policy, replace(batch, frozen=frozen))
             output.loss.backward()
-        found[f"replay of {'drawings' if objective.output == 'image' else 'text'}"] = live.peak
+        found[f"replay of {'images' if objective.output == 'image' else 'text'}"] = live.peak
     return found
 
 

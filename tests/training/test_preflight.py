@@ -55,7 +55,7 @@ def test_an_honest_rollout_keeps_every_promise(policy: TinyPolicy, groups: list[
     checks = rollout_checks(policy, groups, table_of(groups), 0.01)
     require(checks)
     names = [check.check for check in checks]
-    for kind in ("text", "drawing"):
+    for kind in ("text", "image"):
         assert sum(kind in name for name in names) == 3
         assert next(c for c in checks if f"replay, {kind}, own batch" in c.check).limit == 0
     assert len(names) == len(set(names)) == 9
@@ -91,7 +91,7 @@ def test_drawings_scored_otherwise_than_sampled(
     edited = [edit(group, slice(None), FlowSegment, **changes) for group in groups]
     found = broken(policy, edited)
     assert [c.check.split(",")[0] for c in found][:2] == ["replay", "replay"]
-    assert all("drawing" in c.check for c in found)
+    assert all("image" in c.check for c in found)
     assert found[0].value > 1e-4
     with pytest.raises(ContractError, match=r"step-0 contract: replay, drawing, own batch.*compare guidance"):
         require(found)
@@ -110,7 +110,7 @@ def test_a_policy_updated_since(lively_policy: Callable[..., TinyPolicy], groups
         for parameter in updated.parameters():
             parameter.mul_(1.001)
     names = {c.check for c in broken(updated, groups)}
-    assert {f"replay, {kind}, own batch: max |difference|" for kind in ("text", "drawing")} <= names
+    assert {f"replay, {kind}, own batch: max |difference|" for kind in ("text", "image")} <= names
 
 
 def test_a_replay_that_is_not_a_number(policy: TinyPolicy, groups: list[Group]) -> None:

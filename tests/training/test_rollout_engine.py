@@ -126,7 +126,7 @@ def test_a_process_samples_what_the_policy_would_bit_for_bit(small_base: Path, t
     assert_same(own, engine)
     assert "importance/text" in metrics(engine)[-1]
     checks = {check["check"]: check for check in json.loads((engine / "contract.json").read_text(encoding="utf-8"))}
-    for name in ("text", "drawing"):
+    for name in ("text", "image"):
         found = checks[f"rollout engine, {name}: divergence"]
         assert found["ok"]
         assert found["value"] == 0

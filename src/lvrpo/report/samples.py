@@ -157,7 +157,7 @@ def _drawn_first(selection: Selection) -> Selection:
 
 def task_label(view: SampleView) -> str:
     category = view.category.replace("_", " ")
-    name = {"understand": "Question", "generate": "Drawing"}.get(view.task) or label(view.task)
+    name = {"understand": "Question", "generate": "Image"}.get(view.task) or label(view.task)
     return f"{name} · {category}" if category else name
 
 

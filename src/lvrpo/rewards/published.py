@@ -53,7 +53,7 @@ class Semantic(Config):
         global:  r = cos(picture, text)
         dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
 
-    A model that was never trained to match embeddings orders drawings only a little better than chance in this way
+    A model that was never trained to match embeddings orders images only a little better than chance in this way
     (docs/reference/rewards.md has the numbers): ``self_vqa`` asks the same understanding side and hears much more.
 
     Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so

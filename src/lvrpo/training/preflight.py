@@ -47,7 +47,7 @@ correct small ones."""
 
 NAMES: dict[SegmentKind, str] = {
     "text": "text",
-    "flow": "drawing",
+    "flow": "image",
     "tokens": "image tokens",
     "masked": "masked image tokens",
 }

@@ -134,8 +134,9 @@ def require_judge(config: TrainConfig, components: Components) -> None:
     for source in components.rewards:
         for side in source.sides if source.config.name in REWARDS else ():  # an own class may not say what it asks
             if side not in able:
+                asked = "understanding" if side == "read" else "generation"
                 raise InputError(
-                    f"rewards.{source.config.title}: asks the {side}ing side of the policy's initial weights, and "
+                    f"rewards.{source.config.title}: asks the {asked} side of the policy's initial weights, and "
                     f"policy={config.policy} has none: give the row a model of its own (judge: MODEL), or use another "
                     "reward, such as vlm_endpoint or ocr"
                 )

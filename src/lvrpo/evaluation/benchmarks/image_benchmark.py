@@ -30,7 +30,7 @@ def image_benchmark(
     mean_over: MeanOver = "prompts",
     texts: Callable[[Prompt], Sequence[str]] = lambda prompt: [str(prompt.parts[-1])],
 ) -> Benchmark:
-    """A benchmark of ``samples`` drawings per prompt; ``texts``: what the policy must be able to read of a prompt."""
+    """A benchmark of ``samples`` images per prompt; ``texts``: what the policy must be able to read of a prompt."""
 
     def check(policy: Policy) -> None:
         for prompt in prompts:

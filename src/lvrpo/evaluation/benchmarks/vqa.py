@@ -58,7 +58,7 @@ class QuestionScorer:
 
     Of a policy or a folder, the score of a question is the share of the right answer among those to choose from
     (``SelfVQA``); of an endpoint, 1 for the right answer and 0 for another. One question without an answer masks the
-    drawing.
+    image.
     """
 
     judges: ClassVar = ("image",)

@@ -126,7 +126,7 @@ class BagelPolicy(MoTPolicy):
         return row
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Raises InputError where a prompt and all that it may become are too long: text with its markers, drawing."""
+        """Raises InputError where a prompt and all that it may become are too long: text with its markers, image."""
         row, new, remedy = self._row(prompt), 0, ""
         if "image" in prompt.output:
             new = self.runner.noise(self._grid(prompt, sampling)).span.length

@@ -49,7 +49,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
     """A causal language model of transformers under the mask of its layout, with image tokens in its vocabulary.
 
     Guidance is classifier-free: the unconditional branch has an empty text. With ``("text", "image")`` the plan follows
-    the prompt's text in the row of the drawing. A model says its rows (``TokenLayout``) and how it writes.
+    the prompt's text in the row of the image. A model says its rows (``TokenLayout``) and how it writes.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
