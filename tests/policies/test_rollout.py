@@ -3,12 +3,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
+from families import FAMILIES
+from small_vlm import without_videos
 
+from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot import model_runner
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import SOLVERS, PastStep, derive_seed, normal_noise
@@ -200,3 +205,17 @@ def test_a_stochastic_step_begins_the_multistep_solver_anew(
     )[1]
     other = steps(segment.next_states[:1], 2, 5, kept)[0]
     assert float((other - segment.latent).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["tiny", *FAMILIES])
+def test_another_number_of_seeds_than_prompts_is_refused_in_one_line(
+    name: str, policy: TinyPolicy, family_folder: Callable[[str], Path]
+) -> None:
+    with without_videos():
+        model = policy if name == "tiny" else load_policy(family_folder(name))
+    task = "generate" if "generate" in model.tasks else "edit" if "edit" in model.tasks else "reason"
+    source = (torch.zeros(3, 32, 32),) if task == "edit" else ()
+    prompt = Prompt("p", task, (*source, "a red circle"), ("text",) if task == "reason" else ("image",))
+    for seeds in ([], [1], [1, 2, 3]):
+        with pytest.raises(ContractError, match=f"^seeds: {len(seeds)} for 2 prompts: give one for each$"):
+            model.sample([prompt, prompt], replace(SAMPLING, sampler="ode", window=(), group_size=1), seeds)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.sampling.masked import mask_draws, with_complements
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -151,6 +151,13 @@ def announce(trajectories: Sequence[Trajectory]) -> None:
     Their seeds are ``derive_seed(seed of the prompt, member)``; their log-probs may be missing.
     """
     _listener.get()(trajectories)
+
+
+def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[Prompt, int]]:
+    """Each prompt of ``sample`` with its seed; raises ContractError where their numbers differ."""
+    if len(seeds) != len(prompts):
+        raise ContractError(f"seeds: {len(seeds)} for {len(prompts)} prompts: give one for each")
+    return list(zip(prompts, seeds, strict=True))
 
 
 READS_ONLY = "reads pictures and does not draw them"

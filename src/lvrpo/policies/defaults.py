@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from lvrpo.policies.base import Sampling, TokenCounts, missing_method
+from lvrpo.policies.base import Sampling, TokenCounts, missing_method, with_seeds
 from lvrpo.policies.decoding import computes_last_step_alone
 from lvrpo.policies.supervised import token_losses
 from lvrpo.sampling import (
@@ -239,7 +239,7 @@ class TokenPolicy(PolicyDefaults):
         """See ``Policy.sample``; behavior log-probs are those of a replay in the same batch."""
         rows = [
             (prompt, member, derive_seed(seed, "member", member))
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for prompt, seed in with_seeds(prompts, seeds)
             for member in range(sampling.group_size)
         ]
         made: list[list[Segment]] = [[] for _ in rows]

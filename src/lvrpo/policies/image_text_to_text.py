@@ -20,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies.adapter import Modules
-from lvrpo.policies.base import Sampling, TokenCounts, announce
+from lvrpo.policies.base import Sampling, TokenCounts, announce, with_seeds
 from lvrpo.policies.decoding import Decoder, generate_text, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.tokenizer_files import StoredFiles, stored_files
@@ -256,7 +256,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Samples a group of answers for every prompt; see ``Policy.sample``. Raises InputError for an image."""
         size, members, new = sampling.group_size, [], sampling.max_new_tokens
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for prompt, seed in with_seeds(prompts, seeds):
             self.check_prompt(prompt, sampling)
             members += [(prompt, self.read_prompt(prompt), m, derive_seed(seed, m)) for m in range(size)]
         drawn: list[Trajectory] = []

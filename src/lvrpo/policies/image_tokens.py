@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lvrpo.policies.base import Sampling, TokenCounts, announce
+from lvrpo.policies.base import Sampling, TokenCounts, announce, with_seeds
 from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows, text_segment
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
 from lvrpo.policies.supervised import token_losses
@@ -181,7 +181,7 @@ class ImageTokenPolicy(TransformersPolicy):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``; raises InputError for what the model cannot do."""
         size, members, pixels = sampling.group_size, [], self.drawn_size(sampling)
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for prompt, seed in with_seeds(prompts, seeds):
             self._check(prompt, sampling, pixels)
             members += [(prompt, m, derive_seed(seed, m)) for m in range(size)]
         made: list[tuple[Segment, ...]] = [() for _ in members]

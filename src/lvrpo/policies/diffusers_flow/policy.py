@@ -13,7 +13,7 @@ from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Modules, is_adapter
-from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, with_seeds
 from lvrpo.policies.diffusers_flow.checkpoint import load_pipeline, save_pipeline
 from lvrpo.policies.diffusers_flow.pipelines import FlowPipeline, Grid, Row
 from lvrpo.policies.flow_policy import LatentFlowPolicy
@@ -106,7 +106,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
         for prompt in prompts:
             self._check(prompt)
         self.check_sampling(sampling)
-        drawn = iter(self.draw(list(zip(prompts, seeds, strict=True)), sampling))
+        drawn = iter(self.draw(with_seeds(prompts, seeds), sampling))
         return [Group(prompt, tuple(islice(drawn, sampling.group_size))) for prompt in prompts]
 
     def _check(self, prompt: Prompt) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy
-from lvrpo.policies.base import Sampling, TokenCounts, announce
+from lvrpo.policies.base import Sampling, TokenCounts, announce, with_seeds
 from lvrpo.policies.flow import flow_segments, guidance_of
 from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
@@ -130,7 +130,7 @@ class MoTPolicy(AdaptablePolicy):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``."""
         g = sampling.group_size
-        members = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
+        members = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in with_seeds(prompts, seeds)
                  for m in range(g)]  # fmt: skip
         out: dict[int, Trajectory] = {}
         keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]

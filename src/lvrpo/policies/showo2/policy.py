@@ -16,7 +16,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.images import middle_square
 from lvrpo.policies.adapter import Expert, Modules
-from lvrpo.policies.base import Sampling, TokenCounts, announce
+from lvrpo.policies.base import Sampling, TokenCounts, announce, with_seeds
 from lvrpo.policies.decoding import Decoder, generate_text, read_rows, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.flow import sampling_grid
@@ -142,7 +142,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         """See ``Policy.sample``. Raises InputError for what a Show-o2 cannot do."""
         for prompt in prompts:
             self.check_prompt(prompt, sampling)
-        pairs = list(zip(prompts, seeds, strict=True))
+        pairs = with_seeds(prompts, seeds)
         with self.autocast():
             drawn = self.draw([pair for pair in pairs if pair[0].output == ("image",)], sampling)
             written = self._write([pair for pair in pairs if pair[0].output == ("text",)], sampling)
