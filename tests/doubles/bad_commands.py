@@ -257,6 +257,34 @@ DATA: list[Case] = [
         "must be a number from 1 to 1000",
     ),
     (("generate", "small", "--prompt", "a red circle", "--num-steps", "0", "--out", "new"), 2, "must be >= 1"),
+    *(
+        (("generate", "small", "--prompt", "a red circle", *given, "--out", "new"), 2, f"{given[-2]}: {why}")
+        for given, why in (
+            (("--max-new-tokens", "4"), "limits the text of --think: add it"),
+            (("--renorm", "global"), "changes guidance, of which there is none: add --guidance X"),
+            (("--renorm-min", "0.5"), "changes guidance, of which there is none: add --guidance X"),
+            (("--guidance", "2", "--renorm-min", "0.5"), "limits rescaling, of which there is none: add --renorm"),
+        )
+    ),
+    (
+        ("edit", "small", "remove the circle", "--image", "red.png", "--max-new-tokens", "4", "--out", "new.png"),
+        2,
+        "--max-new-tokens: limits the text of --think",
+    ),
+    (
+        ("ask", "small", "--image", "red.png", "what ?", "--root", "inside"),
+        2,
+        "--root: finds the pictures of --questions",
+    ),
+    *(
+        (("evaluate", "small", "--benchmark", "edit", option, value), 2, f"{option}: {why}")
+        for option, value, why in (
+            ("--rewards", "quickstart", "is for rows: add --benchmark FILE.jsonl"),
+            ("--root", "inside", "is for rows: add --benchmark FILE.jsonl"),
+            *((f"--{name}", "inside", "is for published benchmarks") for name in ("data", "detector", "vlm")),
+            ("--guidance", "2", "is for published benchmarks: add --benchmark NAME"),
+        )
+    ),
     (("generate", "small", "--prompts", "missing.txt", "--out", "new"), 2, "missing.txt: no such file"),
     (("generate", "small", "--prompts", "blank.txt", "--out", "new"), 2, "blank.txt: is empty"),
     (("generate", "small", "--prompts", "bytes.txt", "--out", "new"), 2, "not UTF-8"),

@@ -25,7 +25,7 @@ from lvrpo.commands.progress import print_tables, text_table, wide_console
 from lvrpo.config import read_yaml
 from lvrpo.distributed import is_main, world_size
 from lvrpo.errors import InputError
-from lvrpo.evaluation import suite, tuning
+from lvrpo.evaluation import BENCHMARKS, suite, tuning
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.experiment import scene_benchmarks
 from lvrpo.evaluation.items import ItemStore
@@ -51,8 +51,22 @@ def require_divisible(options: Options) -> None:
             raise InputError("torchrun: several processes write their parts into a folder: add --out DIR")
 
 
+def refuse_unused(options: Options) -> None:
+    """Raises InputError for options of rows of a file, or of published benchmarks, where none is measured."""
+    rows = [name for name in options.benchmark or () if name.endswith(".jsonl")]
+    others = {*(options.benchmark or ())} - {*rows, *BENCHMARKS, "scenes"}
+    if not rows:
+        refuse_given(options, ("rewards", "root"), "is for rows: add --benchmark FILE.jsonl, or leave it out")
+    if not others:
+        why = "is for published benchmarks: add --benchmark NAME, or leave it out"
+        refuse_given(options, ("data", "detector", "color_classifier", "thresholds", "vlm"), why)
+        if not rows and options.lmms_eval is None:
+            refuse_given(options, ("guidance",), why)
+
+
 def evaluate(options: Options) -> None:
     refuse_lmms_options(options)
+    refuse_unused(options)
     refuse_geneval_layout(options)
     require_divisible(options)
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from lvrpo.commands.inputs import checked_row, fitting_image, read_rows, require_png, require_used, write_file
-from lvrpo.commands.options import Options, refuse_existing
+from lvrpo.commands.options import Options, refuse_existing, refuse_given
 from lvrpo.data.jsonl import image_path
 from lvrpo.data.rows import require_texts
 from lvrpo.errors import InputError
 from lvrpo.images import load_image, middle_square, png
-from lvrpo.policies.base import Policy, abilities, check_text
+from lvrpo.policies.base import Policy, abilities, can_draw, check_text
 from lvrpo.policies.loading import load_policy, possible_tasks, stored_image_size
 from lvrpo.reading import read_lines
 from lvrpo.sampling import derive_seed
@@ -30,6 +30,8 @@ CHUNK = 64
 """Prompts sampled at once."""
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".yaml", ".yml")
 """Suffixes of files whose lines are no prompts."""
+OF_GUIDANCE = ("guidance_interval", "renorm", "renorm_min")
+"""Options that change guided steps alone."""
 
 
 def generate(options: Options) -> None:
@@ -82,6 +84,8 @@ def ask(options: Options) -> None:
     single = image is not None and question is not None
     if single == (table is not None) or (image is None) != (question is None):
         raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
+    if table is None:
+        refuse_given(options, ("root",), "finds the pictures of --questions: leave it out")
     if options.out is not None:
         refuse_existing([options.out], options.force)
     if image is not None and question is not None:
@@ -157,6 +161,8 @@ def load(options: Options, task: TaskKind) -> Policy:
     low, high = vars(options).get("guidance_interval") or (0.0, 1.0)
     if low >= high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: guides no step: write LOW < HIGH, or --guidance 1")
+    if can_draw((task,)) and not options.think:
+        refuse_given(options, ("max_new_tokens",), "limits the text of --think: add it, or leave this out")
     tasks = possible_tasks(options.model)
     if task not in tasks:
         raise InputError(f"{options.model}: {abilities(tasks)}: name a model of the task {task!r}")
@@ -208,6 +214,14 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
     if "guidance_interval" in given:
         given["guidance_interval"] = tuple(given["guidance_interval"])
     sampling = replace(policy.default_sampling(task or prompts[0].task), group_size=count, temperature=0.0, **given)
+    if sampling.guidance_scale == sampling.image_guidance_scale == 1:
+        refuse_given(
+            options, OF_GUIDANCE, "changes guidance, of which there is none: add --guidance X, or leave it out"
+        )
+    if sampling.guidance_renorm == "none":
+        refuse_given(
+            options, ("renorm_min",), "limits rescaling, of which there is none: add --renorm, or leave it out"
+        )
     seed = options.seed if drawing else 0
     groups: list[Group] = []
     for start in range(0, len(prompts), CHUNK):

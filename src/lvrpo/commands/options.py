@@ -296,7 +296,7 @@ def add_json(parser: Parser, what: str = "the numbers") -> None:
 def refuse_given(options: Options, names: Iterable[str], why: str) -> None:
     """Raises InputError, which ends in ``why``, for the first of these options that was given."""
     for name in names:
-        value = getattr(options, name)  # an option of the parser
+        value = vars(options).get(name)
         if value is not None and value is not False and value != {}:
             raise InputError(f"--{name.replace('_', '-')}: {why}")
 
