@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from refusals import refused
+from small_vlm import without_videos
 
 from lvrpo.errors import InputError
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.attention import forget_packings
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES
 from lvrpo.policies.mot.model_runner import ModelRunner
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
-from lvrpo.types import Parts
+from lvrpo.types import Example, Parts, Prompt
 
 
 def test_text_logprob_is_the_mean_of_token_log_softmaxes(
@@ -158,3 +163,20 @@ def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, picture: Any, 
 def test_a_picture_of_another_size_is_refused(policy: TinyPolicy) -> None:
     with pytest.raises(InputError, match=r"\(3, 8, 8\).*reads \(3, 16, 16\)"):
         policy.image_logprob([("a",)], [torch.zeros(3, 8, 8)], 1, [0])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sd3"])
+def test_a_text_longer_than_the_model_is_neither_judged_nor_imitated(
+    name: str, family_folder: Callable[[str], Path]
+) -> None:
+    with without_videos():
+        model = load_policy(family_folder(name))
+    text = "a " * (model.positions + 1)
+    prompt = Prompt("p", "understand", (torch.zeros(3, 32, 32), "what color is it"), ("text",))
+    with refused("the limit is"):
+        model.text_logprob([prompt.parts], [text])
+    with refused("the limit is"):
+        model.text_logprob([(*prompt.parts, text)], ["red"])
+    if hasattr(model, "supervised_losses"):
+        with refused("the limit is"):
+            model.supervised_losses([Example(prompt, (text,))], torch.Generator().manual_seed(0))

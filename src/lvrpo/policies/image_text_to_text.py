@@ -403,8 +403,10 @@ class ImageTextToTextPolicy(TransformersPolicy):
         different = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))  # the first of equal answers
         chosen = [i for i, key in enumerate(keys) if different[key] == i]
         found: dict[int, SegmentLogprobs] = {}
+        lengths = [len(prompts[i].ids) + len(tokens[i]) for i in chosen]
+        self.require_places(length - 1 for length in lengths)  # the last token is not read
         with self.autocast(), self.checkpointing():
-            for part in self.cut([len(prompts[i].ids) + len(tokens[i]) for i in chosen]):
+            for part in self.cut(lengths):
                 rows = [chosen[k] for k in part]
                 own, answers = [prompts[i] for i in rows], [tokens[i].to(self.device) for i in rows]
                 before = (read or self._read(own)) if self._shares() else None

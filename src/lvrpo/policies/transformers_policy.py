@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,6 +109,13 @@ class TransformersPolicy(LibraryPolicy):
     def longest_text(self) -> int:
         """Default limit of a generated text: 512 tokens, or half the positions of a small model."""
         return max(1, min(TEXT_TOKENS, self.positions // 2))
+
+    def require_places(self, lengths: Iterable[int]) -> None:
+        """Raises InputError where a row has more tokens than the model has positions; sampled ones were checked."""
+        if (longest := max(lengths, default=0)) > self.positions:
+            raise InputError(
+                f"a text of {longest} tokens with its answer or picture: the limit is {self.positions}: shorten it"
+            )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by expert, as ``expert_prefixes`` says."""
