@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy, Expert
-from lvrpo.types import OutputKind, Prompt
+from lvrpo.types import OutputKind, Parts, Prompt
 
 MAX_TOKENS = 32768
 """Limit of the padded tokens in one pass of the transformer."""
@@ -195,6 +195,13 @@ def require_drawn_from_text(prompt: Prompt, kind: str) -> None:
         raise InputError(f"{named}: {kind} draws from text alone, not from a picture: leave the picture out")
     if prompt.task == "understand" and not pictures:
         raise InputError(f"{named}: task 'understand' needs a picture: give one")
+
+
+def require_one_picture(named: str, parts: Parts, kind: str) -> None:
+    """Raises InputError for several pictures, of which a model reads one; ``named`` begins the message."""
+    pictures = sum(isinstance(part, torch.Tensor) for part in parts)
+    if pictures > 1:
+        raise InputError(f"{named}: {pictures} pictures: {kind} reads one: give one")
 
 
 def require_room(prompt: Prompt, length: int, new: int, limit: int) -> None:

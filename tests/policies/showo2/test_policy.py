@@ -168,6 +168,12 @@ def test_what_it_cannot_do_is_refused(showo2: Showo2Policy, words: str) -> None:
         showo2.sample([Prompt("p", "generate", ("a <|im_end|>",), ("image",))], SAMPLING, [0])
 
 
+def test_a_judged_context_has_one_picture(showo2: Showo2Policy) -> None:
+    """Of several, the others were left out."""
+    with pytest.raises(InputError, match="'what is it': 2 pictures: a Show-o2 reads one: give one"):
+        showo2.text_logprob([(torch.zeros(3, 32, 32), torch.ones(3, 32, 32), "what is it")], ["red"])
+
+
 DAMAGED = {
     "llm/tokenizer.json": (b"{", "truncated or damaged"),
     "llm/config.json": (b"[]", "config.json"),

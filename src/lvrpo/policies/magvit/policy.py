@@ -25,6 +25,7 @@ from lvrpo.policies.transformers_policy import (
     TransformersPolicy,
     require_drawn_from_text,
     require_layer,
+    require_one_picture,
 )
 from lvrpo.sampling import guide_logits
 from lvrpo.types import (
@@ -141,7 +142,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
         """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
         require_drawn_from_text(prompt, self.kind)
-        self._require_one_picture(named, prompt.parts)
+        require_one_picture(named, prompt.parts, self.kind)
         side = self.drawn_side
         if "image" in prompt.output and sampling.image_size not in (None, (side, side)):
             raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
@@ -156,11 +157,6 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
             if length + new > limit:
                 after = f" and {new} after them (max_new_tokens)" if new else ""
                 raise InputError(f"{named}: {length} tokens{after}, the limit is {limit}: shorten it")
-
-    def _require_one_picture(self, named: str, parts: Parts) -> None:
-        pictures = sum(isinstance(part, torch.Tensor) for part in parts)
-        if pictures > 1:
-            raise InputError(f"{named}: {pictures} pictures: {self.kind} reads one: give one")
 
     # --- tokens ---
 
@@ -200,7 +196,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
         """The row before an answer; see ``segment_context`` for that before an image."""
-        self._require_one_picture(f"{_text(parts)[:40]!r}", parts)
+        require_one_picture(f"{_text(parts)[:40]!r}", parts, self.kind)
         pictures = [part for part in parts if isinstance(part, torch.Tensor)]
         return self.layout.question(self.encode_image(pictures[0]) if pictures else None, _text(parts))
 

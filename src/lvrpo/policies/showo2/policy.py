@@ -24,7 +24,13 @@ from lvrpo.policies.flow_policy import Grid, LatentFlowPolicy
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.showo2.checkpoint import TOKENS, Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, require_layer, require_room
+from lvrpo.policies.transformers_policy import (
+    THINK_THEN_ANSWER,
+    TransformersPolicy,
+    require_layer,
+    require_one_picture,
+    require_room,
+)
 from lvrpo.policies.video_frames import decode_frames, encode_frames
 from lvrpo.sampling import derive_seed, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
@@ -165,8 +171,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
             grid = self.latent_grid(sampling.image_size)
             length, new = len(self._drawn(prompt.text)), 1 + grid[0] * grid[1]
         else:
-            if len(pictures) > 1:
-                raise InputError(f"{named}: {len(pictures)} pictures: a Show-o2 reads one: leave the others out")
+            require_one_picture(named, prompt.parts, "a Show-o2")
             length, new = self._length(self._question(prompt)), sampling.max_new_tokens
         require_room(prompt, length, new, self.positions)
 
@@ -212,9 +217,11 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     def _question_ids(self, parts: PromptParts) -> tuple[list[int], list[int]]:
         """Ids before the picture, or of the whole row without one, and after it; the picture comes first."""
+        text = " ".join(part for part in parts if isinstance(part, str))
+        require_one_picture(f"{text[:40]!r}", parts, "a Show-o2")
         start, end = self.parts.ids["<|vision_start|>"], self.parts.ids["<|vision_end|>"]
         before = [self.parts.ids["<|im_start|>"], *self._encode(SYSTEM), *self._encode(USER)]
-        asked = self._encode(" ".join(part for part in parts if isinstance(part, str))) + self._encode(ASSISTANT)
+        asked = self._encode(text) + self._encode(ASSISTANT)
         if any(isinstance(part, torch.Tensor) for part in parts):
             return [*before, start], [end, *asked]
         return [*before, *asked], []
