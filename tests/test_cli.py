@@ -21,9 +21,11 @@ from rich.console import Console
 from settings import SMALL
 
 from lvrpo.cli import COMMANDS, main, parse_command
+from lvrpo.commands.options import Options
 from lvrpo.commands.progress import Progress, clock, sparkline
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.data.scenes import VOCABULARY
+from lvrpo.errors import InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.policies.loading import policy_folder
 from lvrpo.report.run import load_run
@@ -185,6 +187,30 @@ def test_evaluate_writes_scores_that_scripts_can_read(small_base: Path, capfd: O
     assert len(written["scores"]["edit"]["ids"]) == len(written["scores"]["edit"]["scores"]) == 20
     assert main([*arguments, "--force"]) == 0
     assert json.loads(Path("scores.json").read_text())["results"] == written["results"]
+
+
+@pytest.mark.parametrize(("model", "base"), [("tiny", "tiny-token"), ("tiny-token", "tiny")])
+def test_evaluate_against_a_model_of_fewer_tasks_measures_what_both_can_do(
+    model: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[list[str]] = []
+
+    def stop(options: Options, _: object) -> None:
+        named.append(options.benchmark)
+        raise InputError("enough")
+
+    monkeypatch.setattr("lvrpo.commands.evaluate.measured", stop)
+    assert main(["evaluate", model, "--against", base]) == 2
+    assert named == [[name for name in BENCHMARKS if name != "edit"]]
+
+
+def test_evaluate_against_a_model_of_other_tasks_is_refused(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch, capfd: Output
+) -> None:
+    tasks = {str(small_base): ("generate",), "tiny": ("understand", "reason")}
+    monkeypatch.setattr("lvrpo.evaluation.experiment.possible_tasks", lambda model: tasks[model])
+    assert main(["evaluate", str(small_base), "--against", "tiny"]) == 2
+    assert capfd.readouterr().err == f"error: --against tiny: does none of the tasks of {small_base}: name another\n"
 
 
 def test_evaluate_at_the_settings_that_it_chose(small_base: Path, capfd: Output) -> None:

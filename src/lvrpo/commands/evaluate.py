@@ -79,7 +79,10 @@ def evaluate(options: Options) -> None:
 
 def evaluate_by_us(options: Options) -> None:
     """Our own benchmarks, and published ones with scorers of ours."""
-    options.benchmark = options.benchmark or list(scene_benchmarks(options.model))
+    if options.benchmark is None:
+        options.benchmark = list(scene_benchmarks(*filter(None, (options.model, options.against))))
+        if not options.benchmark:
+            raise InputError(f"--against {options.against}: does none of the tasks of {options.model}: name another")
     if options.tune is not None:
         tune(options)
         return

@@ -133,7 +133,7 @@ def evaluate_options(parser: Parser) -> None:
         "--benchmark",
         type=names,
         metavar="NAME[,NAME]",
-        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (default: those that MODEL can do); published: "
+        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (default: those that MODEL and BASE can do); published: "
         f"{', '.join(PUBLISHED)}; or a file of rows, FILE.jsonl",
     )
     parser.add_argument("--against", metavar="BASE", help="evaluate this model too, and print the paired difference")

@@ -405,11 +405,12 @@ def _summarize(
     return summary
 
 
-def scene_benchmarks(model: str | Path) -> tuple[str, ...]:
-    """Names of the benchmarks of the built-in world whose tasks MODEL supports."""
-    tasks: Sequence[TaskKind] = TASKS
-    with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
-        tasks = possible_tasks(model)
+def scene_benchmarks(*models: str | Path) -> tuple[str, ...]:
+    """Names of the benchmarks of the built-in world whose tasks every MODEL supports."""
+    tasks: set[TaskKind] = {*TASKS}
+    for model in models:
+        with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
+            tasks &= {*possible_tasks(model)}
     able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
     return ("scenes",) if len(able) == len(BENCHMARKS) else able
 
