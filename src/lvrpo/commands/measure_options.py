@@ -133,8 +133,8 @@ def evaluate_options(parser: Parser) -> None:
         "--benchmark",
         type=names,
         metavar="NAME[,NAME]",
-        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (default: those that MODEL and BASE can do); published: "
-        f"{', '.join(PUBLISHED)}; or a file of rows, FILE.jsonl",
+        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (default: those that MODEL and BASE can do); "
+        f"published: {', '.join(PUBLISHED)}; or a file of rows, FILE.jsonl",
     )
     parser.add_argument("--against", metavar="BASE", help="evaluate this model too, and print the paired difference")
     parser.add_argument(  # torchrun takes a --n for one of its own options
