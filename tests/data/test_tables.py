@@ -442,3 +442,13 @@ def test_check_of_a_folder_and_of_sources_that_it_does_not_know(capfd: pytest.Ca
         assert main(["data", "check", *arguments]) == 2
         assert message in capfd.readouterr().err
     assert not Path("b.png").exists()
+
+
+def test_blank_lines_of_a_text_file_are_no_rows() -> None:
+    Path("p.txt").write_text("a red circle\n\n   \na blue square\n\n")
+    source = DatasetPrompts([DatasetConfig(train="./p.txt", preset="prompts")])
+    assert [prompt.text for prompt in source.in_order()] == ["a red circle", "a blue square"]
+    assert [where for where, *_ in source.rows()] == ["./p.txt: row 1", "./p.txt: row 4"]
+    Path("blank.txt").write_text("\n \n")
+    with pytest.raises(InputError, match="no rows"):
+        DatasetPrompts([DatasetConfig(train="blank.txt", preset="prompts")])

@@ -104,6 +104,8 @@ def open_table(
             _require_readable(library, kind, files)
             raise
     rows = list(range(len(table)))
+    if kind == "text":
+        rows = [row for row, line in zip(rows, table["text"], strict=True) if line.strip()]
     if config.shuffle:
         random.Random(0).shuffle(rows)
     rows = rows[_row(begin, len(rows), 0) : _row(end, len(rows), len(rows))]
