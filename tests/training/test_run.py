@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PilImage
 from ranks import Command
 from stored import killed_copy, stored
 
@@ -413,6 +415,32 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
     Path("rows.jsonl").write_text(written)
     with pytest.warns(UserWarning, match="validation is not set"), Trainer.resume(Path("run"), longer).run as run:
         assert run.read_json("manifest.json")["resumed"]
+
+
+def test_a_run_does_not_go_on_with_other_pictures(small_base: Path) -> None:
+    picture = Path("a.png")
+    PilImage.new("RGB", (16, 16), "red").save(picture)
+    before = picture.read_bytes()
+    row = {"images": ["a.png"], "task": "understand", "prompt": "what color is the circle ?", "answer": "red"}
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    changes = ["steps=2", "device=cpu", "rewards=[{name: exact_answer}]", "data.prompts_per_step={understand: 1}"]
+    own = [f"policy={small_base}", *changes, "data.source=jsonl", "data.jsonl.train=rows.jsonl"]
+    config = load_config(TrainConfig, None, own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = Trainer.start(config, Path("run"))
+        trainer.save()
+        trainer.run.close()
+        PilImage.new("RGB", (16, 16), "blue").save(picture)
+        changed = r"data\.jsonl\.train: the rows are not those .* \(a picture has other bytes\): restore them"
+        with pytest.raises(InputError, match=changed):
+            Trainer.resume(Path("run"))
+        picture.write_bytes(before)
+        Trainer.resume(Path("run")).run.close()
+        manifest = json.loads(Path("run/manifest.json").read_text())
+        assert len(manifest["data"]["train"].pop("rows_sha256")) == 64
+        Path("run/manifest.json").write_text(json.dumps(manifest))  # as written by earlier versions
+        Trainer.resume(Path("run")).run.close()
 
 
 def fact(color: str) -> dict[str, str]:

@@ -217,9 +217,16 @@ def extend_run(run: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) 
 
 
 def data_fingerprints(config: TrainConfig, components: Components) -> dict[str, Any]:
-    """Fingerprints of the rows of the user by split: of their files, or of the rows of data sets; else empty."""
+    """Fingerprints of the rows of the user by split, with the bytes of their pictures, and of their files; else empty.
+
+    Pictures are read whole, as the comparison of splits reads them: sizes and times of files miss changes, or differ
+    on another machine.
+    """
     if config.data.source == "jsonl":
-        return {split: fingerprint(Path(rows.name)) for split, rows in components.rows.items()}
+        return {
+            split: {**fingerprint(Path(rows.name)), "rows_sha256": rows.fingerprint()}
+            for split, rows in components.rows.items()
+        }
     return {split: {"rows": len(rows), "sha256": rows.fingerprint()} for split, rows in components.rows.items()}
 
 
@@ -230,10 +237,17 @@ def require_same_rows(run: RunDirectory, found: Mapping[str, Any]) -> None:
     began = run.read_json(MANIFEST).get("data", {})
     for split, now in found.items():
         before = began.get(split)
-        if isinstance(before, dict) and now["sha256"] != before.get("sha256"):
-            then, source = before.get("rows"), "datasets" if "rows" in now else "jsonl"
-            counts = f"{then} then, {now['rows']} now" if then != now.get("rows") else "edited"
-            raise InputError(
-                f"data.{source}.{split}: the rows are not those that {run.path} was started with ({counts}): restore "
-                "them, or start another run"
-            )
+        if not isinstance(before, dict):
+            continue
+        then, pictures = before.get("rows"), now.get("rows_sha256")
+        if now["sha256"] != before.get("sha256"):
+            why = f"{then} then, {now['rows']} now" if then != now.get("rows") else "edited"
+        elif pictures != before.get("rows_sha256", pictures):  # runs of earlier versions have none
+            why = "a picture has other bytes"
+        else:
+            continue
+        source = "datasets" if "rows" in now else "jsonl"
+        raise InputError(
+            f"data.{source}.{split}: the rows are not those that {run.path} was started with ({why}): restore them, or "
+            "start another run"
+        )
