@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
             "validation={every: 2, prompts: {generate: 1, understand: 1}}",
         ),
         frozenset({"loss/text/understand", "loss/flow/generate", "loss/text/reason"}),
-        ("text", "drawing"),
+        ("text", "image"),
         ("transformers", "diffusers"),
     ),
     "qwen3_vl": Family(
@@ -141,7 +141,7 @@ FAMILIES: dict[str, Family] = {
             "validation={every: 2, prompts: {generate: 1}}",
         ),
         frozenset({"loss/flow/generate", "kl/flow/generate", "ratio/flow"}),
-        ("drawing",),
+        ("image",),
         ("transformers", "diffusers"),
     ),
 }

@@ -93,7 +93,7 @@ def test_drawings_scored_otherwise_than_sampled(
     assert [c.check.split(",")[0] for c in found][:2] == ["replay", "replay"]
     assert all("image" in c.check for c in found)
     assert found[0].value > 1e-4
-    with pytest.raises(ContractError, match=r"step-0 contract: replay, drawing, own batch.*compare guidance"):
+    with pytest.raises(ContractError, match=r"step-0 contract: replay, image, own batch.*compare guidance"):
         require(found)
 
 
@@ -117,7 +117,7 @@ def test_a_replay_that_is_not_a_number(policy: TinyPolicy, groups: list[Group]) 
     segment = groups[-1].trajectories[0].segments[-1]
     assert isinstance(segment, FlowSegment)
     edited = [*groups[:-1], edit(groups[-1], slice(0, 1), FlowSegment, next_states=segment.next_states * torch.nan)]
-    assert "replay, drawing, own batch: max |difference|" in {c.check for c in broken(policy, edited)}
+    assert "replay, image, own batch: max |difference|" in {c.check for c in broken(policy, edited)}
 
 
 @pytest.mark.parametrize(
