@@ -282,17 +282,19 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     source = tmp_path / "source.png"
     pixels = (picture(7, 8, 16) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
     PilImage.fromarray(pixels).save(source)
-    model, few = str(saved), ["--device", "cpu", "--max-new-tokens", "4"]
+    model, device = str(saved), ["--device", "cpu"]
+    few = [*device, "--max-new-tokens", "4"]
     assert main(["ask", model, "--image", str(source), "what is it", *few]) == 0
     assert main(["ask", model, "--image", str(source), "what is it", "--dtype", "bfloat16", *few]) == 0
     assert main(["ask", model, "--image", str(source), "what is it", "--think", *few]) == 0
-    generation = ["--num-steps", "2", *few]
+    generation = ["--num-steps", "2", *device]
     out = tmp_path / "out"
     assert main(["generate", model, "--prompt", "a red circle", "--out", str(out), "--size", "12x8", *generation]) == 0
     with PilImage.open(out / "00000.png") as drawn:
         assert drawn.size == (12, 8)
     thought = tmp_path / "thought"
-    assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), "--think", *generation]) == 0
+    think = ["--think", "--max-new-tokens", "4"]
+    assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), *think, *generation]) == 0
     assert "thought" in json.loads((thought / "index.jsonl").read_text())
     edited = tmp_path / "edited.png"
     edit = ["edit", model, "--image", str(source), "make it red", "--out"]
