@@ -93,6 +93,7 @@ def ask(options: Options) -> None:
         prompts = [prompt(_question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
+        assert table is not None
         rows = _question_rows(table, stored_image_size(options.model), options.root)
         policy = load(options, _question_task(options))
         for row in rows:
