@@ -5,9 +5,9 @@
 
 text      a GRPO step of 16 questions x 8 answers, by TRL's GRPOTrainer (``pip install trl``)
 picture   a GRPO step of 4 questions about a picture each x 8 answers of at most 32 tokens, by the same
-janus     a group of 8 guided drawings of a Janus, by ``generate`` of transformers, called for one drawing after another
+janus     a group of 8 guided images of a Janus, by ``generate`` of transformers, called for one image after another
           and for all at once (lvrpo also scores them); and the replay of a group with its update, by the same code for
-          one drawing at a time
+          one image at a time
 draw      a group of 8 drawings of a BAGEL in ten guided steps, by the official inferencer, one after another
 train     a step of a Stable Diffusion 3: a group of 8 drawings in five guided steps, four of them trained, by the
           training script of flow_grpo

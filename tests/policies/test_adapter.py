@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +13,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from lvrpo.atomic_io import read_tensors, write_tensors
 from lvrpo.cli import main
 from lvrpo.errors import InputError
+from lvrpo.policies import adapter
 from lvrpo.policies.adapter import (
     AdapterConfig,
     InputDtypeLinear,
@@ -24,10 +27,11 @@ from lvrpo.policies.adapter import (
     require_moved,
 )
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import Sampling, former_name
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Prompt
 
@@ -273,6 +277,48 @@ def test_a_base_that_was_moved_is_named_on_the_command_line(
 def test_a_fingerprint_does_not_depend_on_the_dtype(new_policy: Callable[..., TinyPolicy]) -> None:
     policy = new_policy()
     assert base_fingerprint(policy) == base_fingerprint(new_policy().bfloat16())
+
+
+def test_models_and_adapters_of_before_a_renaming_are_read(
+    new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
+) -> None:
+    """Until 2026-12 tensors had the names of ``former_names``, which fingerprints keep: records say the same base."""
+    policy = new_policy()
+    policy.save(Path("base"))
+    add_adapter(policy, KINDS[0], str(Path("base").resolve()))
+    train(policy)
+    policy.save(Path("adapter"))
+    for path in (Path("base/model.safetensors"), Path("adapter/adapter_model.safetensors")):
+        tensors, metadata = read_tensors(path, "")
+        write_tensors(path, {former_name(policy, name): tensor for name, tensor in tensors.items()}, metadata)
+    names = [*read_tensors(Path("base/model.safetensors"), "")[0], *read_tensors(path, "")[0]]
+    assert not any(word in name for name in names for word in ("encoders", "understanding", "generation", "patch"))
+    loaded = load_policy("adapter")
+    assert isinstance(loaded, MoTPolicy)
+    assert torch.equal(scores(loaded, prompts), scores(policy, prompts))
+
+
+def test_loading_peft_hides_warnings_of_bitsandbytes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def load(*_: str) -> str:
+        log.warning("no kernel")
+        log.error("broken")
+        return "peft"
+
+    monkeypatch.setattr(adapter, "optional_package", load)
+    assert adapter.peft_library() == "peft"
+    log.warning("after")
+    assert caplog.messages == ["broken", "after"]
+
+
+def test_the_fingerprints_of_the_shipped_base_are_those_on_record() -> None:
+    """In adapters, in files of ``--tune``, in docs/results/scenes."""
+    base = load_policy("tiny")
+    assert isinstance(base, TinyPolicy)
+    assert (base_fingerprint(base), judge_fingerprint(base)) == ("ca4b8d75907fe4ef", "TinyPolicy:5da5087af7d9")
 
 
 def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]) -> None:

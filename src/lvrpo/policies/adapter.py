@@ -24,6 +24,7 @@ from lvrpo import distributed
 from lvrpo.atomic_io import read_weights, write_tensors
 from lvrpo.config import Config
 from lvrpo.errors import InputError, optional_package
+from lvrpo.policies.base import current_name, former_name
 from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.reading import read_json_object
 from lvrpo.types import SegmentKind
@@ -320,7 +321,8 @@ def load_adapter(policy: AdaptablePolicy, folder: Path, base: str) -> None:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
-    tensors, metadata = read_weights(path, "restore the file")
+    found, metadata = read_weights(path, "restore the file")
+    tensors = {current_name(policy, name): tensor for name, tensor in found.items()}
     if "lvrpo_base" not in metadata or "lvrpo_adapter" not in metadata:
         raise InputError(f"{path}: does not say which base it belongs to: give an adapter that lvrpo saved")
     own = base_fingerprint(policy)
@@ -354,7 +356,8 @@ def base_fingerprint(policy: nn.Module) -> str:
     for name, tensor in policy.state_dict().items():
         if is_adapter(name):
             continue
-        digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}".encode())
+        name = former_name(policy, name.replace(".base_layer.", "."))
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // SAMPLED)].bfloat16().float()
         digest.update(values.cpu().numpy().tobytes())

@@ -371,6 +371,23 @@ USED_BY: Mapping[str, str] = {
 """Methods that a class may leave out, and what calls them."""
 
 
+def former_name(policy: object, name: str) -> str:
+    """The name of a tensor before 2026-12, which fingerprints hash: adapters and records of before keep their base.
+
+    A class may have ``former_names``: parts of names, and what they were, in order of replacement.
+    """
+    for now, before in getattr(type(policy), "former_names", {}).items():
+        name = name.replace(now, before)
+    return name
+
+
+def current_name(policy: object, name: str) -> str:
+    """The inverse of ``former_name``, for files of before; other names stay as they are."""
+    for now, before in getattr(type(policy), "former_names", {}).items():
+        name = name.replace(before, now)
+    return name
+
+
 def missing_members(policy: object) -> list[str]:
     """The members of ``RolloutPolicy`` and ``SavedPolicy`` that a class lacks; every policy needs these."""
     names = dict.fromkeys(name for part in (RolloutPolicy, SavedPolicy) for name in vars(part) if name[0] != "_")

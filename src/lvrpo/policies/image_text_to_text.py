@@ -404,7 +404,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         chosen = [i for i, key in enumerate(keys) if different[key] == i]
         found: dict[int, SegmentLogprobs] = {}
         lengths = [len(prompts[i].ids) + len(tokens[i]) for i in chosen]
-        self.require_places(length - 1 for length in lengths)  # the last token is not read
+        self.require_positions(length - 1 for length in lengths)  # the last token is not read
         with self.autocast(), self.checkpointing():
             for part in self.cut(lengths):
                 rows = [chosen[k] for k in part]

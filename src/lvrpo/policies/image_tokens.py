@@ -314,7 +314,7 @@ class ImageTokenPolicy(TransformersPolicy):
 
     def _states(self, rows: Sequence[Row]) -> torch.Tensor:
         """The final states of rows (R, L, D), padded on the right, which causal attention never looks at."""
-        self.require_places(len(row.ids) for row in rows)
+        self.require_positions(len(row.ids) for row in rows)
         x, _ = self._embedded(rows)
         return self.transformer(inputs_embeds=x, use_cache=False).last_hidden_state
 

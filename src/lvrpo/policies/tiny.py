@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,7 @@ from torch.nn import functional
 from lvrpo.atomic_io import read_weights, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
+from lvrpo.policies.base import current_name
 from lvrpo.policies.mot.model_runner import Grid
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
@@ -275,28 +276,13 @@ class TinyPolicy(MoTPolicy):
         """Reads what ``save`` wrote; the dtype is float32."""
         policy = cls.from_config(folder, device, dtype)
         stored, _ = read_weights(folder / "model.safetensors", "restore the file")
-        state = {_current_name(name): tensor for name, tensor in stored.items()}
+        state = {current_name(policy, name): tensor for name, tensor in stored.items()}
         own = policy.state_dict()
         wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
         if wrong:
             raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
         policy.load_state_dict(state)
         return policy.to(device)
-
-
-OLD_NAMES: Mapping[str, str] = {
-    "towers.read_": "encoders.patch_",
-    "towers.": "encoders.",
-    ".reading": ".understanding",
-    ".drawing": ".generation",
-}
-"""Parts of the names of tensors in files of lvrpo before 2026-12."""
-
-
-def _current_name(name: str) -> str:
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
 
 
 def _position_table(side: int, width: int) -> torch.Tensor:

@@ -110,7 +110,7 @@ class TransformersPolicy(LibraryPolicy):
         """Default limit of a generated text: 512 tokens, or half the positions of a small model."""
         return max(1, min(TEXT_TOKENS, self.positions // 2))
 
-    def require_places(self, lengths: Iterable[int]) -> None:
+    def require_positions(self, lengths: Iterable[int]) -> None:
         """Raises InputError where a row has more tokens than the model has positions; sampled ones were checked."""
         if (longest := max(lengths, default=0)) > self.positions:
             raise InputError(

@@ -18,7 +18,7 @@ from torch import (
 from torch.distributed.fsdp import FSDPModule
 
 from lvrpo.errors import LvrpoError, describe_error
-from lvrpo.policies.base import Judge
+from lvrpo.policies.base import Judge, former_name
 from lvrpo.sampling import derive_seed
 from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
 
@@ -221,7 +221,7 @@ def judge_fingerprint(judge: object) -> str:
     digest = hashlib.blake2b(digest_size=6)
     values = []
     for key, tensor in judge.state_dict().items():
-        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(f"{former_name(judge, key)}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.reshape(-1)
         values.append(flat[:: max(1, flat.numel() // SAMPLED)].float())
     if values:

@@ -221,7 +221,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     def _states(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The final states of rows, each (L, D)."""
-        self.require_places(map(len, rows))
+        self.require_positions(map(len, rows))
         found: list[torch.Tensor] = []
         for part in self.cut([len(row) for row in rows]):
             batch = self.layout.padded([rows[i] for i in part])

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
@@ -85,6 +85,16 @@ class MoTPolicy(AdaptablePolicy):
     segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
     has_condition_dropout = False
     """Whether ``supervised_losses`` drops conditions at random (for classifier-free guidance)."""
+    former_names: ClassVar[Mapping[str, str]] = {
+        "encoders.patch_": "towers.read_",
+        "encoders.vit_position": "towers.read_position",
+        "encoders.vit.": "towers.read_vit.",
+        "encoders.connector_": "towers.read_connector_",
+        "encoders.": "towers.",
+        ".understanding": ".reading",
+        ".generation": ".drawing",
+    }
+    """See ``lvrpo.policies.base.former_name``."""
 
     def __init__(self, transformer: MoT, encoders: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()

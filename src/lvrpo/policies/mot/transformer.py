@@ -212,7 +212,7 @@ class Expert(nn.Module):
 
 
 class Layer(nn.Module):
-    """A understanding expert (understanding) and a generation expert (generation) with joint attention."""
+    """An understanding and a generation expert with joint attention."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()

@@ -309,7 +309,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     ) -> list[SegmentLogprobs]:
         found: list[SegmentLogprobs] = []
         lengths = [self._length(parts) + len(ids) for parts, ids in zip(questions, answers, strict=True)]
-        self.require_places(length - 1 for length in lengths)  # the last token is not read
+        self.require_positions(length - 1 for length in lengths)  # the last token is not read
         with self.autocast(), self.checkpointing():
             for part in self.cut(lengths):
                 rows = self._read_rows([questions[k] for k in part], [answers[k][:-1].tolist() for k in part])
