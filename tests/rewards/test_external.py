@@ -13,7 +13,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.config import RewardConfig
-from lvrpo.rewards.external import ExternalVLM, SiglipEncoder, folder_fingerprint
+from lvrpo.rewards.external import ExternalVLM, ImageTextEncoder, folder_fingerprint
 from lvrpo.rewards.published import Instruction, Knowledge, Semantic
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Prompt
@@ -54,14 +54,18 @@ def tokenizer(kind: str = "words") -> Any:
     if kind == "siglip2":  # single letters
         letters = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\N{LOWER ONE EIGHTH BLOCK}", *"redcub")
         return transformers.Siglip2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)})
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "clip":
+        ends = [(word, WORDS.index(word)) for word in ("<bos>", "<eos>")]
+        inner.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
+        bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
@@ -69,6 +73,10 @@ def tokenizer(kind: str = "words") -> Any:
 
 
 def image_processor(kind: str) -> Any:
+    if kind == "clip":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        return CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
     if kind == "siglip2":
         from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
@@ -85,6 +93,11 @@ def tower_folder(folder: Path, kind: str) -> Path:
         vision = {**SMALL, "patch_size": 4, "num_patches": 9}
         config = transformers.Siglip2Config(text_config=text, vision_config=vision)
         model, processor = transformers.Siglip2Model(config), transformers.Siglip2Processor
+    elif kind == "clip":
+        vision = {**SMALL, "patch_size": 4, "image_size": 12}
+        text |= {"bos_token_id": WORDS.index("<bos>"), "eos_token_id": WORDS.index("<eos>")}
+        config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+        model, processor = transformers.CLIPModel(config), transformers.CLIPProcessor
     else:
         vision = {**SMALL, "patch_size": 4, "image_size": 12}
         config = transformers.SiglipConfig(text_config=text, vision_config=vision)
@@ -94,7 +107,7 @@ def tower_folder(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["siglip", "siglip2"])
+@pytest.fixture(scope="module", params=["siglip", "siglip2", "clip"])
 def tower(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quietly(lambda: tower_folder(tmp_path_factory.mktemp("tower"), request.param))
 
@@ -135,12 +148,13 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
-    found = SiglipEncoder(str(tower), "cpu")
+    found = ImageTextEncoder(str(tower), "cpu")
     images = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
     texts = found.texts(["red cube", "RED cube", "cube"])
     lengths = (8, 8, 4) if found.model.config.model_type == "siglip2" else (2, 2, 1)
     assert [tuple(t.parts.shape) for t in texts] == [(length, 16) for length in lengths]
-    assert torch.equal(texts[0].whole, texts[1].whole)
+    assert torch.allclose(texts[0].whole, texts[1].whole, atol=1e-6)
+    assert torch.allclose(found.texts(["cube"])[0].whole, texts[2].whole, atol=1e-6)  # alone as beside longer ones
     pictures = found.images(images)
     assert {tuple(p.whole.shape) for p in pictures} == {(16,)}
     assert all(p.parts.shape[1] == 16 and 1 <= p.parts.shape[0] <= 9 for p in pictures)
@@ -150,16 +164,18 @@ def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
 
 
 def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
-    """The model's own logits per picture are scale cos + bias."""
-    found = SiglipEncoder(str(tower), "cpu")
+    """The model's own logits per picture are scale cos + bias; CLIP has no bias."""
+    found = ImageTextEncoder(str(tower), "cpu")
     image, text = torch.rand(3, 12, 12), "red cube"
     model = found.model
     tokens = found.processor.tokenizer([text], padding="max_length", max_length=10, return_tensors="pt")
+    kept = {"attention_mask": tokens["attention_mask"]} if model.config.model_type == "clip" else {}
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     inputs = found.processor.image_processor(images=[pixels], return_tensors="pt")
     with torch.no_grad():
-        logit = model(input_ids=tokens["input_ids"], **inputs).logits_per_image.item()
-    cosine = (logit - model.logit_bias.item()) / model.logit_scale.exp().item()
+        logit = model(input_ids=tokens["input_ids"], **kept, **inputs).logits_per_image.item()
+    bias = 0.0 if model.config.model_type == "clip" else model.logit_bias.item()
+    cosine = (logit - bias) / model.logit_scale.exp().item()
     reward = Semantic(form="global", source=str(tower), device="cpu")
     assert reward.similarity(found.texts([text])[0], found.images([image])[0]) == pytest.approx(cosine, abs=1e-4)
 
@@ -278,10 +294,12 @@ def test_knowledge_and_instruction_ask_the_reader(group: Callable[..., Group], v
 
 
 def test_folders_that_hold_no_reader(vlm: Path, tower: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model_type='siglip2?': no model of transformers that reads") as caught:
+    with pytest.raises(
+        InputError, match=r"model_type='(siglip2?|clip)': no model of transformers that reads"
+    ) as caught:
         build_rewards([RewardConfig(name="knowledge", options={"source": str(tower)})])
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="model_type='llava': use a folder of siglip or siglip2"):
+    with pytest.raises(InputError, match="model_type='llava': use a folder of siglip, siglip2 or clip"):
         build_rewards([RewardConfig(name="semantic", options={"source": str(vlm)})])
     for path in vlm.iterdir():
         if "template" not in path.name:

@@ -143,7 +143,7 @@ def test_a_folder_without_a_tower_is_refused(group: Callable[..., Group], tmp_pa
     pytest.importorskip("transformers")
     for content, message in (
         ("{", "not JSON at column 2"),
-        ("[]", "model_type=None: use a folder of siglip or siglip2"),
+        ("[]", "model_type=None: use a folder of siglip, siglip2 or clip"),
         ('{"model_type": "bert"}', "model_type='bert'"),
     ):
         (tmp_path / "config.json").write_text(content)

@@ -26,8 +26,8 @@ from lvrpo.types import Image, Parts
 
 OWN = "own"
 """The ``source`` that is the policy's own frozen understanding side."""
-SIGLIP_TYPES = ("siglip", "siglip2")
-"""Fixed sizes (SigLIP, SigLIP 2) and any size (SigLIP 2 NaFlex)."""
+ENCODER_TYPES = ("siglip", "siglip2", "clip")
+"""``siglip``: fixed sizes (SigLIP, SigLIP 2); ``siglip2``: any size (SigLIP 2 NaFlex)."""
 AT_ONCE = 32
 READ_AT_ONCE = 16
 """Rows of a reader: its pictures take hundreds of tokens each."""
@@ -49,21 +49,23 @@ class Embedded:
     """float32 (N, D): of its patches or words."""
 
 
-class SiglipEncoder:
-    """A SigLIP or SigLIP 2 (arXiv:2502.14786) in a local folder.
+class ImageTextEncoder:
+    """A SigLIP, SigLIP 2 (arXiv:2502.14786) or CLIP (arXiv:2103.00020) in a local folder, or what was trained from
+    one, such as PickScore (arXiv:2305.01569).
 
-    Patches and words are put into the common space one by one, through the head that pools them all: of one patch,
-    attention pooling is its value projection.
+    Patches and words are put into the common space one by one, through what maps the pooled state there: SigLIP's
+    head (of one patch, attention pooling is its value projection), CLIP's norm and projection.
     """
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = _check_siglip(folder)
+        path = _check_encoder(folder)
         self.device = pick_device(device)
         self.model = load_pretrained(path, "AutoModel").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
         self.length = self.model.config.text_config.max_position_embeddings
         self.identity = folder_fingerprint(path)
+        self._is_clip = self.model.config.model_type == "clip"
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> list[Embedded]:
@@ -76,14 +78,18 @@ class SiglipEncoder:
         return [found for some in _parts(images) for found in self._images(some)]
 
     def _texts(self, texts: Sequence[str]) -> Iterator[Embedded]:
-        tokenizer, tower = self.processor.tokenizer, self.model.text_model
-        # SigLIP is trained on lower-case text padded to its full length, and sees the padding
-        lower = [text.lower() for text in texts]
-        found = tokenizer(lower, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
-        ids = found["input_ids"].to(self.device)
-        out = self.model.get_text_features(input_ids=ids)
-        words = tower.head(out.last_hidden_state).float().cpu()
-        marker = torch.isin(ids.cpu(), torch.tensor(tokenizer.all_special_ids))
+        tokenizer = self.processor.tokenizer
+        # SigLIP is trained on lower-case text padded to its full length, and sees the padding; CLIP's text is causal
+        padded = {"padding": True} if self._is_clip else {"padding": "max_length"}
+        given = list(texts) if self._is_clip else [text.lower() for text in texts]
+        found = tokenizer(given, truncation=True, max_length=self.length, return_tensors="pt", **padded)
+        inputs = {"input_ids": found["input_ids"].to(self.device)}
+        if self._is_clip:
+            inputs["attention_mask"] = found["attention_mask"].to(self.device)
+        out = self.model.get_text_features(**inputs)
+        to_common = self.model.text_projection if self._is_clip else self.model.text_model.head
+        words = to_common(out.last_hidden_state).float().cpu()
+        marker = torch.isin(found["input_ids"], torch.tensor(tokenizer.all_special_ids))
         for whole, row, is_marker in zip(out.pooler_output.float().cpu(), words, marker, strict=True):
             yield Embedded(whole, row[~is_marker] if (~is_marker).any() else row)
 
@@ -94,7 +100,13 @@ class SiglipEncoder:
         out = self.model.get_image_features(**inputs)
         for i, (whole, patches) in enumerate(zip(out.pooler_output, out.last_hidden_state, strict=True)):
             kept = patches if valid is None else patches[valid[i].bool()]
-            yield Embedded(whole.float().cpu(), self.model.vision_model.head(kept[:, None]).float().cpu())
+            yield Embedded(whole.float().cpu(), self._patches(kept).float().cpu())
+
+    def _patches(self, states: torch.Tensor) -> torch.Tensor:
+        """Patches (N, D) in the common space; the first state of a CLIP is its class token."""
+        if self._is_clip:
+            return self.model.visual_projection(self.model.vision_model.post_layernorm(states[1:]))
+        return self.model.vision_model.head(states[:, None])
 
 
 class ExternalVLM:
@@ -186,11 +198,13 @@ class ExternalVLM:
         return inputs, len(answer)
 
 
-def _check_siglip(folder: str) -> Path:
-    """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
+def _check_encoder(folder: str) -> Path:
+    """The folder of a SigLIP or CLIP; raises InputError, without reading weights, where it is none."""
     path, kind = _folder(folder)
-    if kind not in SIGLIP_TYPES:
-        raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(SIGLIP_TYPES)}")
+    if kind not in ENCODER_TYPES:
+        raise InputError(
+            f"{path}: model_type={kind!r}: use a folder of {', '.join(ENCODER_TYPES[:-1])} or {ENCODER_TYPES[-1]}"
+        )
     transformers_library("source: a folder")
     return path
 
@@ -229,8 +243,8 @@ def _own_or(check: Callable[[str], Path]) -> AfterValidator:
     return AfterValidator(valid)
 
 
-SiglipSource = Annotated[str, _own_or(_check_siglip)]
-"""``OWN``, or a local folder of a SigLIP."""
+EncoderSource = Annotated[str, _own_or(_check_encoder)]
+"""``OWN``, or a local folder of a SigLIP or CLIP."""
 ReaderSource = Annotated[str, _own_or(_check_reader)]
 """``OWN``, or a local folder of a model that reads pictures and writes."""
 

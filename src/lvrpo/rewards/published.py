@@ -32,10 +32,10 @@ from lvrpo.rewards.base import (
 from lvrpo.rewards.external import (
     OWN,
     Embedded,
+    EncoderSource,
     ExternalVLM,
+    ImageTextEncoder,
     ReaderSource,
-    SiglipEncoder,
-    SiglipSource,
     folder_fingerprint,
 )
 from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig
@@ -69,10 +69,10 @@ class Semantic(Config):
     """dense: of each word with its most similar patches; global: of the mean states of text and picture."""
     top: int = Field(default=4, ge=1, le=100_000)
     """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
-    source: SiglipSource = OWN
+    source: EncoderSource = OWN
     """"own": the frozen understanding side of the policy, no encoder being added: states of picture and text, each read
     alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
-    choice (``pip install 'lvrpo[external]'``)."""
+    choice, or of a CLIP: with ``form`` global, CLIPScore or PickScore (``pip install 'lvrpo[external]'``)."""
     layer: Natural = 1
     """Layers of the policy after which its states are taken; 0: what goes into the transformer."""
     lead_ins: tuple[str, ...] = ("draw ", "a picture of ")
@@ -90,9 +90,9 @@ class Semantic(Config):
         return "" if self.source == OWN else folder_fingerprint(Path(self.source))
 
     @cached_property
-    def _encoder(self) -> SiglipEncoder | None:
+    def _encoder(self) -> ImageTextEncoder | None:
         """None: the judge embeds. Loaded when it is first asked."""
-        return None if self.source == OWN else SiglipEncoder(self.source, self.device)
+        return None if self.source == OWN else ImageTextEncoder(self.source, self.device)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
