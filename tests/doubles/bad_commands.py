@@ -87,7 +87,6 @@ CONFIGURATION: list[Case] = [
         "leaving_rewards cannot be imported: SystemExit: 3",
     ),
     (train("rewards=[{name: ./bad_rewards.py}]"), 2, "did you mean ./bad_rewards.py:NAME?"),
-    (rewarded_by("of_lists"), 2, "takes completions, a list, and is called for one output at a time: write def"),
     (rewarded_by("Unmade"), 2, "bad_rewards:Unmade cannot be made: ValueError: no server"),
     (train("optimizer.betas=[1,2]"), 2, "optimizer.betas.0=1: must be < 1"),
     (train("optimizer.betas=[0.9,-0.5]"), 2, "optimizer.betas.1=-0.5: must be >= 0"),
@@ -328,6 +327,7 @@ REWARD_CONTRACT: list[Case] = [
     (rewarded_by("NotANumber"), 1, "the score is nan"),
     (rewarded_by("WrongShape"), 1, "returned shape (8, 5) for 8 groups of 4"),
     (rewarded_by("Constant"), 1, "groups with signal"),
+    (rewarded_by("of_lists"), 1, "the function gave 1 scores for"),
     (rewarded_by("Failing"), 1, "the server is away"),
     (rewarded_by("Failing", ", on_failure: stop"), 1, "failed on prompt"),
 ]

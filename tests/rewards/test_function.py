@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import sys
 import types
@@ -16,7 +18,7 @@ from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.config import RewardConfig
 from lvrpo.rewards.function import reward
 from lvrpo.rewards.table import build_rewards, score_groups
-from lvrpo.types import Group, Prompt, Trajectory
+from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
 DRAW = Prompt("d", "generate", ("x",), ("image",))
 ASK = Prompt("q", "understand", ("x",), ("text",))
@@ -92,3 +94,65 @@ def test_the_examples_of_the_guide_run(group: Callable[..., Group], root: Path) 
     flat, noisy = found["jpeg_size"]().score(groups, None).values[0]  # no policy judges
     assert noisy < flat < 0
     assert found["brightness"](target=0.5).score(groups, None).values[0, 0] == -0.25
+
+
+def test_a_function_of_all_outputs_is_called_once_with_lists() -> None:
+    calls: list[int] = []
+
+    def brightness(images: list[torch.Tensor], prompts: list[str], target: float = 0.5) -> torch.Tensor:
+        calls.append(len(images))
+        assert prompts == ["x"] * len(images)
+        return -(torch.stack(images).mean(dim=(1, 2, 3)) - target).abs()
+
+    built = reward(brightness)(target=0.75)
+    assert (built.applies(DRAW), built.applies(ASK)) == (True, False)
+    groups = [offline_group(DRAW, [[torch.full((3, 4, 4), v)] for v in row]) for row in ((0.25, 0.75), (math.nan, 1.0))]
+    scores = built.score(groups, None)  # type: ignore[arg-type]
+    assert calls == [3]
+    assert scores.values[0].tolist() == [-0.5, 0]
+    assert scores.values[1, 1] == -0.25
+    assert scores.failures == {(1, 0): "the picture holds values that are no numbers"}
+
+
+def test_a_function_of_trl_gets_conversations_and_columns() -> None:
+    def accuracy(completions: Any, solution: list[str], **kwargs: Any) -> list[float | None]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [None if text == "?" else float(text == right) for text, right in zip(texts, solution, strict=True)]
+
+    built = reward(accuracy)()
+    assert built.judges == ("text",)
+    asked = [dataclasses.replace(ASK, metadata=metadata) for metadata in ({"solution": "a"}, {"level": 1})]
+    scores = built.score([offline_group(prompt, [["a"], ["b"], ["?"]]) for prompt in asked], None)  # type: ignore[arg-type]
+    assert scores.values[0, :2].tolist() == [1, 0]
+    assert scores.failures == {(0, 2): "the function gave no score"} | {
+        (1, g): "its row has no value 'solution'" for g in range(3)
+    }
+
+
+def test_tokens_of_the_last_text_are_completion_ids() -> None:
+    def longest(completion_ids: list[list[int]], limit: int = 2) -> list[float]:
+        return [float(len(ids) - limit) for ids in completion_ids]
+
+    segments = [TextSegment(torch.arange(n), torch.zeros(n), 1.0, "a", True) for n in (1, 4)]
+    group = Group(ASK, tuple(Trajectory(ASK, i, (segment,), i) for i, segment in enumerate(segments)))
+    assert reward(longest)(limit=3).score([group], None).values.tolist() == [[-2, 1]]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda texts: [1.0], "the function gave 1 scores for 2 outputs"),
+        (lambda texts: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda texts: 1.0, "TypeError: 'float' object is not iterable"),
+        (lambda texts, prompts: ([1.0, 2.0], {}, {}), "the function gave 3 scores for 2 outputs"),
+    ],
+)
+def test_a_failed_batch_masks_all_its_outputs(function: Callable[..., Any], reason: str) -> None:
+    scores = reward(function)().score([offline_group(ASK, [["a"], ["b"]])], None)  # type: ignore[arg-type]
+    assert scores.values.isnan().all()
+    assert scores.failures == {(0, 0): reason, (0, 1): reason}
+
+
+def test_a_wrong_option_of_a_function_of_lists_is_named() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'taget'"):
+        reward(lambda images, target=0.5: [0.0 for _ in images])(taget=1)

@@ -268,13 +268,10 @@ async def late(text: str) -> float:
     ("function", "words"),
     [
         (lambda: 1.0, "takes nothing"),
-        (lambda completions, **columns: [1.0 for _ in completions], "takes completions, a list, and is called for one"),
-        (lambda images, prompts, metadata: (images, {}), "takes images, a list"),
-        (lambda prompts, answer: [1.0], "takes prompts, a list"),
         (late, "reward 'late': is async"),
     ],
 )
-def test_a_function_that_scores_nothing_or_lists_is_refused(function: Callable[..., Any], words: str) -> None:
+def test_a_function_that_scores_nothing_is_refused(function: Callable[..., Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         reward(function)
 

@@ -8,11 +8,18 @@ from typing import Any, overload
 
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.base import Scores, score_each
-from lvrpo.types import TASKS, Group, OutputKind, Prompt, TaskKind, Trajectory
+from lvrpo.rewards.base import Failures, SampleIndex, Scores, image_problem, score_each
+from lvrpo.types import TASKS, Group, OutputKind, Prompt, TaskKind, TextSegment, Trajectory
 
-Function = Callable[..., float | None]
+Function = Callable[..., Any]
+"""Any: a number or None, or a list of them, or what converts to either."""
 Builder = Callable[..., "FunctionReward"]
+
+
+def _tokens(trajectory: Trajectory) -> list[int]:
+    """The tokens of the last sampled text, with its end token."""
+    return next(s.tokens.tolist() for s in reversed(trajectory.segments) if isinstance(s, TextSegment))
+
 
 PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "trajectory": lambda trajectory: trajectory,
@@ -24,8 +31,29 @@ PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
 }
 """Arguments of a function by the names of its parameters: the whole trajectory, the words of the prompt, its right
 answer, the further values of its row, the generated text, the generated picture."""
-LISTS = frozenset({"completions", "images", "prompts"})
-"""Parameters of reward functions of other libraries, which score a whole batch."""
+BATCH_PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
+    "trajectories": PARAMETERS["trajectory"],
+    "prompts": PARAMETERS["prompt"],
+    "answers": PARAMETERS["answer"],
+    "metadata": PARAMETERS["metadata"],
+    "texts": PARAMETERS["text"],
+    "completions": lambda trajectory: [{"role": "assistant", "content": trajectory.text}],
+    "completion_ids": _tokens,
+    "images": PARAMETERS["image"],
+}
+"""Arguments of a function of all outputs at once, each a list with an entry for every output; ``completions`` are texts
+as TRL gives those of image-text models, conversations of one message, and ``completion_ids`` their tokens."""
+BATCH = frozenset({"trajectories", "prompts", "texts", "completions", "completion_ids", "images"})
+"""A required parameter of this name makes a function one of all outputs at once."""
+NEEDS: dict[str, OutputKind] = {
+    "text": "text",
+    "texts": "text",
+    "completions": "text",
+    "completion_ids": "text",
+    "image": "image",
+    "images": "image",
+}
+"""The output without which an argument has no value."""
 OUTPUTS: tuple[OutputKind, ...] = ("text", "image")
 
 
@@ -60,6 +88,15 @@ def reward(
     called in a thread while further groups are sampled (see ``Reward``).
 
     None or an exception masks that one output, with its reason; nothing else is ever put in its place.
+
+    A function with a required parameter of ``BATCH`` is called once with lists of all outputs and returns as many
+    numbers, which suits a model on a GPU. Parameters without a default that are neither in ``BATCH_PARAMETERS`` nor
+    options are lists of that value of ``metadata``, as the reward functions of TRL have them:
+
+        def accuracy(completions, solution, **kwargs):
+            return [float(done[0]["content"] == right) for done, right in zip(completions, solution)]
+
+    An exception in it, or another number of scores, masks all of its outputs; None among the scores masks one.
     """
     if outputs is not None and (not outputs or isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS)):
         raise InputError(f"reward(outputs={outputs!r}): must be of text and image, such as ['image']")
@@ -68,14 +105,17 @@ def reward(
 
     def decorate(function: Function) -> Builder:
         handed = _parameter_names(function)
-        needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
+        is_batch = bool(BATCH & {*handed})
+        needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in {NEEDS.get(name) for name in handed})
         judges: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in (outputs or needs or OUTPUTS))
         signature = inspect.signature(function)
 
         def build(**options: Any) -> FunctionReward:  # Any: each function has its own options
-            mine = dict.fromkeys(name for name in handed if name in signature.parameters)
-            signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
-            return FunctionReward(function, options, judges, tuple(tasks), needs, waits)
+            columns = _columns(function, {*handed, *options}) if is_batch else ()
+            given = dict.fromkeys(name for name in (*handed, *columns) if name in signature.parameters)
+            signature.bind(*([] if given else [None]), **given, **options)  # a TypeError here is a wrong option
+            kind = BatchFunctionReward if is_batch else FunctionReward
+            return kind(function, options, judges, tuple(tasks), needs, waits, columns)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
         vars(build)["makes"] = FunctionReward  # by which the registry knows that this function builds a reward
@@ -87,25 +127,30 @@ def reward(
 def _parameter_names(function: Function) -> tuple[str, ...]:
     """Parameters of a function that are filled in; ("trajectory",) if its first parameter has another name.
 
-    Raises InputError for a function that takes nothing or lists of outputs, and for a coroutine.
+    Raises InputError for a function that takes nothing, and for a coroutine.
     """
     parameters = inspect.signature(function).parameters
-    names = list(parameters)
-    found = tuple(name for name in names if name in PARAMETERS)
+    required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    is_batch = any(name in BATCH for name in required)
+    found = tuple(name for name in parameters if name in (BATCH_PARAMETERS if is_batch else PARAMETERS))
     if inspect.iscoroutinefunction(function):
         raise InputError(f"reward {function.__name__!r}: is async, and nothing would wait for it: write it without")
-    lists = [name for name in names if name in LISTS and parameters[name].default is inspect.Parameter.empty]
-    if lists:
-        raise InputError(
-            f"reward {function.__name__!r}: takes {lists[0]}, a list, and is called for one output at a time: write "
-            f"def {function.__name__}(text), or another of {', '.join(PARAMETERS)}, and return one number"
-        )
-    if not names:
+    if not parameters:
         raise InputError(
             f"reward {function.__name__!r}: takes nothing: write def {function.__name__}(image), or another of "
             f"{', '.join(PARAMETERS)}"
         )
     return found or ("trajectory",)
+
+
+def _columns(function: Function, others: set[str]) -> tuple[str, ...]:
+    """Parameters of a function of all outputs that are lists of a value of ``metadata``."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind in named and name not in others
+    )
 
 
 def as_reward(found: Any) -> Any:
@@ -126,8 +171,9 @@ class FunctionReward:
         tasks: tuple[TaskKind, ...],
         needs: tuple[OutputKind, ...] = (),
         waits: bool = False,
+        columns: tuple[str, ...] = (),
     ) -> None:
-        self.waits = waits
+        self.waits, self.columns = waits, columns
         self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs
         parameters = inspect.signature(function).parameters
         self.handed = [name for name in _parameter_names(function) if name in parameters]
@@ -150,3 +196,48 @@ class FunctionReward:
             raise
         except (Exception, SystemExit) as error:  # code of the user may raise anything
             return describe_error(error)
+
+
+class BatchFunctionReward(FunctionReward):
+    """Calls a function once for all outputs of a step to which it applies."""
+
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        found: dict[SampleIndex, Trajectory] = {}
+        failures: Failures = {}
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                problem = self._problem(trajectory)
+                if problem:
+                    failures[p, g] = problem
+                else:
+                    found[p, g] = trajectory
+        values: dict[SampleIndex, float] = {}
+        for index, score in zip(found, self._of_all(list(found.values())), strict=True):
+            if isinstance(score, str):
+                failures[index] = score
+            else:
+                values[index] = score
+        return Scores.of(groups, values, failures)
+
+    def _problem(self, trajectory: Trajectory) -> str | None:
+        """Why the function is not given an output; None where it is."""
+        if "image" in self.needs and (problem := image_problem(trajectory)):
+            return problem
+        missing = [name for name in self.columns if name not in trajectory.prompt.metadata]
+        return f"its row has no value {missing[0]!r}" if missing else None
+
+    def _of_all(self, trajectories: Sequence[Trajectory]) -> list[float | str]:
+        """The scores, or why there is none."""
+        if not trajectories:
+            return []
+        own = {name: [BATCH_PARAMETERS[name](trajectory) for trajectory in trajectories] for name in self.handed}
+        own |= {name: [trajectory.prompt.metadata[name] for trajectory in trajectories] for name in self.columns}
+        try:
+            found = list(self.function(**own, **self.options))
+            if len(found) != len(trajectories):
+                return [f"the function gave {len(found)} scores for {len(trajectories)} outputs"] * len(trajectories)
+            return ["the function gave no score" if one is None else float(one) for one in found]
+        except LvrpoError:
+            raise
+        except (Exception, SystemExit) as error:  # code of the user may raise anything
+            return [describe_error(error)] * len(trajectories)
