@@ -1,4 +1,4 @@
-"""BAGEL in its full shape on one GPU: loading, memory, text, pictures, one joint LoRA step; ends inside ten minutes.
+"""BAGEL in its full shape on one GPU: loading, memory, text, images, one joint LoRA step; ends inside ten minutes.
 
     python benchmarks/bagel_gpu.py                    random weights of BAGEL-7B-MoT, made on the card
     python benchmarks/bagel_gpu.py --folder FOLDER    the weights of a folder: loading is timed too
@@ -73,9 +73,9 @@ class Shape:
     image_size: int
     text_tokens: int
     num_steps: int
-    """Of a picture as published."""
+    """Of an image as published."""
     step_image_size: int
-    """Of the pictures of the joint step."""
+    """Of the images of the joint step."""
     step_num_steps: int
     thought: int
     """Tokens of a text in the joint step."""
@@ -203,15 +203,15 @@ def measure(shape: Shape, folder: Path | None) -> Report:
     report.add("peak memory of loading", report.peak())
     with torch.no_grad():
         report.measure("text", lambda: text(policy, shape, report))
-        report.measure("one pass over 8 pictures", lambda: one_pass(policy, shape, report, rate[0]))
-        report.measure(f"pictures, {shape.image_size} x {shape.image_size}", lambda: pictures(policy, shape, report))
+        report.measure("one pass over 8 images", lambda: one_pass(policy, shape, report, rate[0]))
+        report.measure(f"images, {shape.image_size} x {shape.image_size}", lambda: images(policy, shape, report))
     report.measure("joint LoRA step, G = 8", lambda: joint_step(policy, shape, report))
     report.measure("predicted for that step", lambda: predicted(shape))
     return report
 
 
 def text(policy: BagelPolicy, shape: Shape, report: Report) -> str:
-    """Eight answers about one picture."""
+    """Eight answers about one image."""
     sampling = Sampling(group_size=8, max_new_tokens=shape.text_tokens)
     prompt = Prompt("text", "understand", (noise(shape.image_size), "what is it"), ("text",))
     policy.sample([prompt], Sampling(group_size=8, max_new_tokens=2), [0])
@@ -225,7 +225,7 @@ def text(policy: BagelPolicy, shape: Shape, report: Report) -> str:
 def one_pass(policy: BagelPolicy, shape: Shape, report: Report, rate: float) -> str:
     """One model evaluation for a group of eight, as a share of what the card does in plain products."""
     runner, grid = policy.runner, policy.encoders.default_grid((shape.image_size, shape.image_size))
-    cache, owner = runner.prefill_shared([runner.row(("a picture",), draws=True)] * 8)
+    cache, owner = runner.prefill_shared([runner.row(("an image",), draws=True)] * 8)
     x_t = torch.randn(8, grid[0] * grid[1], policy.encoders.channels, device=shape.device)
     t = torch.full((8,), 0.5, device=shape.device)
 
@@ -239,7 +239,7 @@ def one_pass(policy: BagelPolicy, shape: Shape, report: Report, rate: float) -> 
     return f"{seconds:.3g} s, {done / 1e12:.3g} TFLOP/s, {done / rate:.0%} of the matmul rate, peak {report.peak()}"
 
 
-def pictures(policy: BagelPolicy, shape: Shape, report: Report) -> str:
+def images(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     """As published: guidance on text at t > 0.4."""
     size = (shape.image_size, shape.image_size)
     default = policy.default_sampling("generate")
@@ -253,9 +253,9 @@ def pictures(policy: BagelPolicy, shape: Shape, report: Report) -> str:
         guidance_interval=default.guidance_interval,
         image_size=size,
     )
-    prompt = Prompt("picture", "generate", ("a picture",), ("image",))
+    prompt = Prompt("image", "generate", ("an image",), ("image",))
     seconds = report.timed(lambda: policy.sample([prompt], sampling, [0]))
-    rate = f"{1 / seconds:.3g} pictures/s, {seconds:.3g} s each"
+    rate = f"{1 / seconds:.3g} images/s, {seconds:.3g} s each"
     return f"{rate} ({shape.num_steps} steps, guided, decoded), peak {report.peak()}"
 
 
@@ -283,9 +283,9 @@ def step_prompts(shape: Shape) -> list[Prompt]:
     source = noise(shape.step_image_size)
     return [
         Prompt("u", "understand", (source, "what is it"), ("text",)),
-        Prompt("g", "generate", ("a picture",), ("image",)),
+        Prompt("g", "generate", ("an image",), ("image",)),
         Prompt("e", "edit", (source, "make it red"), ("image",)),
-        Prompt("r", "reason", ("a picture",), ("text", "image")),
+        Prompt("r", "reason", ("an image",), ("text", "image")),
     ]
 
 
@@ -322,7 +322,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
 
 
 def noise(side: int) -> torch.Tensor:
-    """A picture."""
+    """An image."""
     return torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""The picture of the README: the same prompts and noise drawn by the base and by an aligned run.
+"""The image of the README: the same prompts and noise drawn by the base and by an aligned run.
 
     python benchmarks/before_after.py runs/quickstart docs/images/before_after.png
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/early_scores.py [--judge-s 0 1 4] [--steps 6]
 
-The policy is a small BAGEL that draws four groups of eight pictures of 64 px (16 tokens) in ten guided steps, one group
+The policy is a small BAGEL that draws four groups of eight images of 64 px (16 tokens) in ten guided steps, one group
 after another. The judge is a server in another process that answers each request after a while, eight at once. Steps of
 one run take turns. Printed are medians of wall-clock seconds a step and of the ratios of neighbors; a ratio above 1 is
 for early scores, which have the same numbers (tests/rewards/test_async_scoring.py).

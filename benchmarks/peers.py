@@ -1,10 +1,10 @@
 """Steps of lvrpo against those of other programs on a CPU, one thread: the ratio of processor times, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text picture janus draw train] [--bagel DIR]
+    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text image janus draw train] [--bagel DIR]
         [--flow-grpo DIR] [--image-tokens 16 256 1024] [--new-tokens 16 64 256] [--rounds 3] [--json FILE]
 
 text      a GRPO step of 16 questions x 8 answers, by TRL's GRPOTrainer (``pip install trl``)
-picture   a GRPO step of 4 questions about a picture each x 8 answers of at most 32 tokens, by the same
+image   a GRPO step of 4 questions about an image each x 8 answers of at most 32 tokens, by the same
 janus     a group of 8 guided images of a Janus, by ``generate`` of transformers, called for one image after another
           and for all at once (lvrpo also scores them); and the replay of a group with its update, by the same code for
           one image at a time
@@ -13,7 +13,7 @@ train     a step of a Stable Diffusion 3: a group of 8 drawings in five guided s
           training script of flow_grpo
 
 Both sides of a row have the same small random model in float32, the same prompts, sizes and number of steps, and run in
-this process in turn; a ratio above 1 is for lvrpo. In ``text`` and ``picture`` both run their trainers: one update a
+this process in turn; a ratio above 1 is for lvrpo. In ``text`` and ``image`` both run their trainers: one update a
 rollout, AdamW, no KL term, all answers in one batch; a step is timed from the end of the one before, the first and the
 last are left out. ``--bagel`` is a clone of github.com/ByteDance-Seed/Bagel, whose code runs and needs einops.
 FlashAttention, which it imports, is replaced by torch's attention, and its casts to bfloat16 by none. ``--flow-grpo``
@@ -65,7 +65,7 @@ from lvrpo.training.trainer import Trainer
 from lvrpo.types import Image, Parts, Prompt
 
 GROUP_SIZE, STEPS = 8, 10
-PROMPTS = {"text": 16, "picture": 4}
+PROMPTS = {"text": 16, "image": 4}
 QUESTIONS = tuple(
     f"{question}{end}"
     for end in ("", " now", " is it", " a circle")
@@ -73,7 +73,7 @@ QUESTIONS = tuple(
 )
 
 
-WORKS = ("text", "picture", "janus", "draw", "train")
+WORKS = ("text", "image", "janus", "draw", "train")
 ANSWER_STEPS = 5
 """Of a training run; the first and the last are not timed."""
 TRAIN_STEPS = 5
@@ -104,15 +104,15 @@ class Setting:
 
     folder: str
     side: int
-    """Of pictures, of which 8 x 8 pixels are a token; 0: there are none."""
+    """Of images, of which 8 x 8 pixels are a token; 0: there are none."""
     new_tokens: int
     steps: int
 
     @property
     def questions(self) -> Sequence[str]:
-        return QUESTIONS[: PROMPTS["picture" if self.side else "text"]]
+        return QUESTIONS[: PROMPTS["image" if self.side else "text"]]
 
-    def pictures(self) -> list[Image]:
+    def images(self) -> list[Image]:
         generator = torch.Generator().manual_seed(0)
         return [torch.rand(3, self.side, self.side, generator=generator) for _ in self.questions if self.side]
 
@@ -126,7 +126,7 @@ def ours(setting: Setting, folder: Path) -> Timing:
     """Steps of a run of lvrpo, its records included."""
     parts: list[Parts] = [(question,) for question in setting.questions]
     if setting.side:
-        parts = [(picture, *own) for picture, own in zip(setting.pictures(), parts, strict=True)]
+        parts = [(image, *own) for image, own in zip(setting.images(), parts, strict=True)]
     prompts = [Prompt(f"p{i}", "understand", own, ("text",)) for i, own in enumerate(parts)]
     config = parse_section(
         TrainConfig,
@@ -181,7 +181,7 @@ def trl(setting: Setting, folder: Path) -> Timing:
 
     columns: dict[str, list[Any]] = {"prompt": [[{"role": "user", "content": q}] for q in setting.questions]}
     if setting.side:
-        columns["image"] = [to_pil(picture) for picture in setting.pictures()]
+        columns["image"] = [to_pil(image) for image in setting.images()]
     rows = Dataset.from_dict(columns)
     ends: list[float] = []
     tokens: list[float] = []
@@ -258,7 +258,7 @@ def draw(side: int, folder: Path, rounds: int) -> Pair:
     asked = {"cfg_text_scale": 4.0, "cfg_img_scale": 1.0, "cfg_interval": [0.0, 1.0], "timestep_shift": 3.0}
 
     def peer() -> None:
-        for _ in range(GROUP_SIZE):  # it makes one picture a call
+        for _ in range(GROUP_SIZE):  # it makes one image a call
             official(text=text, num_timesteps=STEPS + 1, image_shapes=(side, side), **asked)
 
     return in_turn(lambda: policy.sample([prompt], sampling, [0]), peer, rounds)
@@ -392,7 +392,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
     sides = [8 * math.isqrt(tokens) for tokens in options.image_tokens]
     missing = {
         "text": missing_packages("trl", "datasets"),
-        "picture": missing_packages("trl", "datasets"),
+        "image": missing_packages("trl", "datasets"),
         "janus": missing_packages("transformers"),
         "draw": missing_packages("einops", "transformers") or missing_folder("--bagel", options.bagel, "inferencer.py"),
         "train": missing_packages("accelerate", "diffusers", "peft")
@@ -404,9 +404,9 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
         elif work == "text":
             for new in options.new_tokens:
                 yield f"text, {new} new tokens", partial(answers, 0, new, options.rounds)
-        elif work == "picture":
+        elif work == "image":
             for tokens, side in zip(options.image_tokens, sides, strict=True):
-                yield f"picture, {tokens} image tokens, 32 new ones", partial(answers, side, 32, options.rounds)
+                yield f"image, {tokens} image tokens, 32 new ones", partial(answers, side, 32, options.rounds)
         elif work == "janus":
             for tokens, side in zip(options.image_tokens, sides, strict=True):
                 name, rounds = f"janus, {tokens} image tokens", options.rounds

@@ -39,7 +39,7 @@ def main() -> None:
     for p, group in enumerate(groups):
         words = " ".join(part for part in group.prompt.parts if isinstance(part, str))
         best = int(advantages[p].argmax())
-        said = group.trajectories[best].text or "a picture"
+        said = group.trajectories[best].text or "an image"
         print(f"{words:40} {'signal' if signal[p] else 'no signal':10} best member {best}: {said}")
     for name in table.names:
         print(f"mean {name}: {table.mean(name):.3f}")

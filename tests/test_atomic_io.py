@@ -63,7 +63,7 @@ def run_files(folder: Path) -> None:
 
 
 def user_files(folder: Path) -> None:
-    write_file(folder / "deep" / "picture.png", b"picture", force=False)
+    write_file(folder / "deep" / "image.png", b"picture", force=False)
     TextCache(folder / "cache").put("text", "key")
 
 

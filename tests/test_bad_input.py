@@ -59,7 +59,7 @@ class Unmade(Base):
 
 @pytest.fixture(scope="module")
 def shelf(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the cases name, made once: policies, a finished run, pictures, rows."""
+    """Everything that the cases name, made once: policies, a finished run, images, rows."""
     shelf = tmp_path_factory.mktemp("shelf")
     here = Path.cwd()
     os.chdir(shelf)
@@ -82,7 +82,7 @@ def shelf(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores = Path("oddscores/scores/step_000002.npz")
         scores.write_bytes(scores.read_bytes()[:200])
         policies()
-        pictures()
+        images()
         tables()
     finally:
         os.chdir(here)
@@ -104,11 +104,11 @@ def policies() -> None:
     Path("notes/todo.txt").write_text("mine\n")
 
 
-def pictures() -> None:
+def images() -> None:
     red = Image.new("RGB", (32, 32), "red")
     red.save("red.png")
     Path("broken.png").write_bytes(Path("red.png").read_bytes()[:60])
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     red.save("moving.gif", save_all=True, append_images=[Image.new("RGB", (32, 32), "blue")], duration=50)
     Image.new("1", (9000, 8000)).save("huge.png")
     Path("inside").mkdir()

@@ -51,7 +51,7 @@ def test_dry_run_of_the_gpu_benchmark(
     rows = dict(line.split(" | ") for line in lines)
     assert len(rows) == 9
     assert not [name for name, value in rows.items() if value.startswith("not measured:") or "did not fit" in value]
-    for name, unit in (("text", "tokens/s"), ("matmul, bfloat16", "TFLOP/s"), ("pictures, 64 x 64", "pictures/s")):
+    for name, unit in (("text", "tokens/s"), ("matmul, bfloat16", "TFLOP/s"), ("images, 64 x 64", "images/s")):
         assert float(rows[name].split()[0]) > 0
         assert unit in rows[name]
     assert "rollout" in rows["joint LoRA step, G = 8"]

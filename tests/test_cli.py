@@ -235,22 +235,22 @@ def test_evaluate_at_the_settings_that_it_chose(small_base: Path, capfd: Output)
         assert error.count("\n") == 1
 
 
-def test_generate_writes_pictures_and_their_index(small_base: Path) -> None:
+def test_generate_writes_images_and_their_index(small_base: Path) -> None:
     Path("prompts.txt").write_text("a red circle\n\ntwo blue squares.\n")
     base = str(small_base)
     assert main(["generate", base, "--prompts", "prompts.txt", "--count", "2", "--seed", "5", "--out", "one"]) == 0
     rows = [json.loads(line) for line in Path("one/index.jsonl").read_text().splitlines()]
     assert [row["file"] for row in rows] == [f"{n:05d}.png" for n in range(4)]
     assert [row["prompt"] for row in rows] == ["a red circle"] * 2 + ["two blue squares."] * 2
-    with Image.open("one/00000.png") as picture:
-        assert (picture.size, picture.mode) == ((32, 32), "RGB")
-    pictures = [Path(f"one/{row['file']}").read_bytes() for row in rows]
-    assert len(set(pictures)) == 4
+    with Image.open("one/00000.png") as image:
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+    images = [Path(f"one/{row['file']}").read_bytes() for row in rows]
+    assert len(set(images)) == 4
     prompts = ["--prompt", "a red circle", "--prompt", "two blue squares."]
     assert main(["generate", base, *prompts, "--count", "2", "--seed", "5", "--out", "two"]) == 0
-    assert [Path(f"two/{n:05d}.png").read_bytes() for n in range(4)] == pictures
+    assert [Path(f"two/{n:05d}.png").read_bytes() for n in range(4)] == images
     assert main(["generate", base, "--prompt", "a red circle", "--guidance", "2", "--out", "two", "--force"]) == 0
-    assert Path("two/00000.png").read_bytes() != pictures[0]
+    assert Path("two/00000.png").read_bytes() != images[0]
 
 
 def test_ask_answers_one_question_and_many(small_base: Path, capfd: Output) -> None:
@@ -277,14 +277,14 @@ def test_ask_answers_one_question_and_many(small_base: Path, capfd: Output) -> N
     assert (output.err, json.loads(output.out)) == ("", {**row, "output": answer})
 
 
-def test_a_picture_of_another_size_is_fitted_with_a_warning(small_base: Path, capfd: Output) -> None:
+def test_a_image_of_another_size_is_fitted_with_a_warning(small_base: Path, capfd: Output) -> None:
     Image.new("RGB", (640, 480), "green").save("photo.png")
     assert main(["ask", str(small_base), "--image", "photo.png", "is there a red circle ?"]) == 0
     errors = capfd.readouterr().err
     assert errors == "warning: photo.png: 640 x 480 pixels: the middle square is resized to 32 x 32\n"
     assert main(["edit", str(small_base), "remove the circle", "--image", "photo.png", "--out", "edited.png"]) == 0
-    with Image.open("edited.png") as picture:
-        assert picture.size == (32, 32)
+    with Image.open("edited.png") as image:
+        assert image.size == (32, 32)
 
 
 @pytest.mark.parametrize("arguments", [["data"], ["data", "--help"]])
@@ -300,8 +300,8 @@ def test_data_commands(capfd: Output) -> None:
     assert capfd.readouterr().out.split() == list(VOCABULARY)
     assert main(["data", "preview", "--out", "world.png"]) == 0
     assert capfd.readouterr().out.strip() == "world.png"
-    with Image.open("world.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open("world.png") as image:
+        assert min(image.size) > 500
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))

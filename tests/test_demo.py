@@ -22,9 +22,9 @@ def session() -> Session:
 
 def test_a_drawing_is_repeated_by_its_seed_and_judged_by_the_model_itself(session: Session) -> None:
     one, other = (session.draw("two red circles", 3, 0, 2) for _ in range(2))
-    pictures = [t.image for t in (*one.trajectories, *other.trajectories)]
-    assert (pictures[0] == pictures[2]).all()
-    assert (pictures[0] != pictures[1]).any()
+    images = [t.image for t in (*one.trajectories, *other.trajectories)]
+    assert (images[0] == images[2]).all()
+    assert (images[0] != images[1]).any()
     rows = session.judge(one)
     assert len(rows) == 2
     assert all(0 <= float(confidence) <= 1 for _, _, confidence in rows[0])
@@ -32,16 +32,16 @@ def test_a_drawing_is_repeated_by_its_seed_and_judged_by_the_model_itself(sessio
     session.ask(np.zeros((50, 40, 3), np.uint8), "what color is the circle ?")
 
 
-def test_a_plan_comes_before_its_picture(session: Session) -> None:
+def test_a_plan_comes_before_its_image(session: Session) -> None:
     (trajectory,) = session.draw("draw 3 + 4", 0, 0, 1, think=True).trajectories
     assert trajectory.text
     assert trajectory.image is not None
 
 
-def test_an_edit_starts_from_its_picture(session: Session) -> None:
+def test_an_edit_starts_from_its_image(session: Session) -> None:
     (trajectory,) = session.edit(np.full((32, 32, 3), 255, np.uint8), "add a red circle", 0, 1.5).trajectories
     assert trajectory.image is not None
-    with pytest.raises(InputError, match="no picture: add one"):
+    with pytest.raises(InputError, match="no image: add one"):
         session.edit(None, "add a red circle", 0, 0)
 
 

@@ -113,8 +113,8 @@ class Page:
         self.click(next((b for b in named if b.is_displayed()), named[0]))
         until(lambda: self.button(label))
 
-    def pictures(self) -> list[Any]:
-        """Loaded pictures of the galleries that are shown."""
+    def images(self) -> list[Any]:
+        """Loaded images of the galleries that are shown."""
         script = "return arguments[0].complete && arguments[0].naturalWidth > 0"
         found = self.visible(".grid-wrap img, .gallery img, [data-testid=detailed-image], .preview img")
         return [image for image in found if self.driver.execute_script(script, image)]
@@ -158,21 +158,21 @@ return e !== null && arguments[0].closest('[role=tabpanel]')?.getClientRects().l
 
 
 def test_every_tab_is_clicked_through(page: Page, tmp_path: Path) -> None:
-    picture = tmp_path / "red.png"
-    Image.new("RGB", (48, 40), "red").save(picture)
+    image = tmp_path / "red.png"
+    Image.new("RGB", (48, 40), "red").save(image)
 
     started = time.monotonic()
     page.click(page.button("Draw"))
-    until(lambda: len(page.pictures()) >= 8)  # four of each model
+    until(lambda: len(page.images()) >= 8)  # four of each model
     assert time.monotonic() - started < 60
     until(lambda: "how many red circles" in page.text())
     page.shot("draw")
 
     page.open("Ask")
     page.click(page.button("Ask"))
-    assert "no picture: add one" in page.message()
+    assert "no image: add one" in page.message()
     page.shot("error")
-    page.upload(picture)
+    page.upload(image)
     page.write("what color is the circle ?")
     page.click(page.button("Ask"))
     answers = until(lambda: [a for a in page.visible("textarea[disabled]") if a.get_attribute("value")])
@@ -180,15 +180,15 @@ def test_every_tab_is_clicked_through(page: Page, tmp_path: Path) -> None:
     page.shot("ask")
 
     page.open("Edit")
-    page.upload(picture)
+    page.upload(image)
     page.write("add a blue star")
     page.click(page.button("Edit"))
-    until(lambda: len(page.pictures()) >= 2)
+    until(lambda: len(page.images()) >= 2)
     page.shot("edit")
 
     page.open("Think, then draw")
     page.click(page.button("Think, then draw"))
-    until(lambda: len(page.pictures()) >= 2)
+    until(lambda: len(page.images()) >= 2)
     assert len([a for a in page.visible("textarea[disabled]") if a.get_attribute("value")]) == 2
     page.shot("think")
 
@@ -197,4 +197,4 @@ def test_an_unknown_word_is_said_on_the_page(page: Page) -> None:
     page.write("two red circels")
     page.click(page.button("Draw"))
     assert "did you mean 'circles'?" in page.message()
-    assert not page.pictures()
+    assert not page.images()

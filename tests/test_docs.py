@@ -60,7 +60,7 @@ def test_every_command_of_the_tutorial_parses(tutorial: str) -> None:
 
 
 def test_three_rows_of_the_tutorial_train(root: Path, tutorial: str, small_base: Path) -> None:
-    shutil.copytree(root / "examples/own_data/pictures", "mine/pictures")
+    shutil.copytree(root / "examples/own_data/images", "mine/images")
     train, validation, test = blocks(tutorial, "json")
     (reward,), (config,) = blocks(tutorial, "python"), blocks(tutorial, "yaml")
     rows = {"train.jsonl": train, "validation.jsonl": validation, "test.jsonl": test}

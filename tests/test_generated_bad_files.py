@@ -131,8 +131,8 @@ def cases_of(path: Path, kinds: Mapping[str, bytes], defaults: bool = True) -> d
     """What may stand in the place of a file; ``defaults``: whether YAML may leave keys out."""
     content = path.read_bytes()
     kind = path.suffix.removeprefix(".")
-    picture = kind.upper() in FORMATS  # one is as good as another: it is told by its content
-    others = {other: text for other, text in kinds.items() if other != kind and not (picture and other == "png")}
+    image = kind.upper() in FORMATS  # one is as good as another: it is told by its content
+    others = {other: text for other, text in kinds.items() if other != kind and not (image and other == "png")}
     found = damages(content, others)
     for fine in ("nothing", "its first half") if path.name in PREFIXES else ():
         del found[fine]

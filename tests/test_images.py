@@ -1,4 +1,4 @@
-"""Pictures are data: formats that start programs are not read, and pixels mean what the file says."""
+"""Images are data: formats that start programs are not read, and pixels mean what the file says."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def test_other_formats_are_refused_everywhere(format: str, monkeypatch: pytest.M
     content, path = other_formats()[format], Path("innocent.png")
     path.write_bytes(content)
     for read in (load_image, load_mask, check_image, upright_size):
-        with pytest.raises(InputError, match=r"innocent\.png: not a picture that can be read"):
+        with pytest.raises(InputError, match=r"innocent\.png: not an image that can be read"):
             read(path)
-    with pytest.raises(InputError, match="not a picture that can be read"):
+    with pytest.raises(InputError, match="not an image that can be read"):
         decode_image(content, "row 0")
-    assert ImageStore(Path()).picture("innocent.png") is None
+    assert ImageStore(Path()).image("innocent.png") is None
     Path("rows.jsonl").write_text(
         json.dumps({"task": "understand", "prompt": "x", "images": [str(path)], "answer": "y"})
     )
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: .*not a picture"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: .*not an image"):
         JsonlPrompts(JsonlConfig(train=Path("rows.jsonl")))
 
 
@@ -112,7 +112,7 @@ def test_damage_is_one_line_wherever_it_lies(format: str) -> None:
 
 
 def fault(content: bytes) -> str | None:
-    """The message, where the picture cannot be read."""
+    """The message, where the image cannot be read."""
     try:
         decode_image(content, "x")
     except InputError as error:

@@ -72,8 +72,8 @@ COMMANDS = {
     "benchmark": ("evaluate", "tiny", "--benchmark", "{}.jsonl"),
     "prompts": ("generate", "tiny", "--prompts", "{}", "--out", "new"),
     "questions": ("ask", "tiny", "--questions", "{}"),
-    "picture": ("ask", "tiny", "--image", "{}", "what color is the circle ?"),
-    "edited picture": ("edit", "tiny", "remove the circle", "--image", "{}", "--out", "new.png"),
+    "image": ("ask", "tiny", "--image", "{}", "what color is the circle ?"),
+    "edited image": ("edit", "tiny", "remove the circle", "--image", "{}", "--out", "new.png"),
 }
 
 

@@ -346,11 +346,11 @@ def test_two_seeds_are_too_few_to_tell() -> None:
     assert not seeds_and_prompts_interval(rng.normal(size=(3, 9))).too_few
 
 
-def test_prompts_of_one_picture_are_one_cluster_across_seeds() -> None:
+def test_prompts_of_one_image_are_one_cluster_across_seeds() -> None:
     rng = np.random.default_rng(0)
-    pictures = np.repeat(rng.normal(size=(1, 10)), 4, axis=1) + rng.normal(scale=0.01, size=(3, 40))
-    alone = seeds_and_prompts_interval(pictures).interval
-    together = seeds_and_prompts_interval(pictures, np.repeat(np.arange(10), 4).tolist()).interval
+    images = np.repeat(rng.normal(size=(1, 10)), 4, axis=1) + rng.normal(scale=0.01, size=(3, 40))
+    alone = seeds_and_prompts_interval(images).interval
+    together = seeds_and_prompts_interval(images, np.repeat(np.arange(10), 4).tolist()).interval
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 

@@ -50,19 +50,19 @@ def open_image(source: Path | bytes, name: Path | str) -> Iterator[PilImage.Imag
         warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)  # _open checks the size itself
         warnings.filterwarnings("ignore", module="PIL")  # warnings about metadata
         if isinstance(source, bytes):
-            with _open(io.BytesIO(source), name) as picture:
-                yield picture
+            with _open(io.BytesIO(source), name) as image:
+                yield image
             return
         if not os.path.lexists(source):
-            raise InputError(f"{name}: no such picture file: correct the path or add the file")
-        with open_regular(source, "give a picture file", MAX_BYTES) as file, _open(file, name) as picture:
-            yield picture
+            raise InputError(f"{name}: no such image file: correct the path or add the file")
+        with open_regular(source, "give an image file", MAX_BYTES) as file, _open(file, name) as image:
+            yield image
 
 
 def damage_error(name: Path | str, error: BaseException) -> InputError:
     """The error for bytes that cannot be decoded."""
     message = " ".join(str(error).split())[:100] or type(error).__name__
-    return InputError(f"{name}: damaged picture ({message}): save it again")
+    return InputError(f"{name}: damaged image ({message}): save it again")
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -85,29 +85,29 @@ def png(image: torch.Tensor | PilImage.Image) -> bytes:
 
 def _open(file: IO[bytes], name: Path | str) -> PilImage.Image:
     try:
-        picture = PilImage.open(file, formats=FORMATS)
+        image = PilImage.open(file, formats=FORMATS)
     except PilImage.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
-        raise InputError(f"{name}: not a picture that can be read ({kinds}): use PNG or JPEG") from None
+        raise InputError(f"{name}: not an image that can be read ({kinds}): use PNG or JPEG") from None
     except DECODE_ERRORS as error:
         raise damage_error(name, error) from None
-    width, height = picture.size
+    width, height = image.size
     problem = None
     if width * height > MAX_PIXELS:
         problem = f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels: make it smaller"
-    elif picture.format != "MPO" and _animated(picture, name):
+    elif image.format != "MPO" and _animated(image, name):
         problem = "animated, or of several pages: save one of them as PNG"
     if problem:
-        picture.close()
+        image.close()
         raise InputError(f"{name}: {problem}")
-    return picture
+    return image
 
 
-def _animated(picture: PilImage.Image, name: Path | str) -> bool:
+def _animated(image: PilImage.Image, name: Path | str) -> bool:
     try:
-        return getattr(picture, "is_animated", False)  # formats without frames lack it
+        return getattr(image, "is_animated", False)  # formats without frames lack it
     except DECODE_ERRORS as error:
         raise damage_error(name, error) from None
 
@@ -135,17 +135,17 @@ ImageFile = Path | StoredImage
 
 def check_image(file: ImageFile) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
-    with open_image(*_opened(file)) as picture:
-        return picture.size
+    with open_image(*_opened(file)) as image:
+        return image.size
 
 
 def upright_size(file: ImageFile) -> tuple[int, int]:
     """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
     path = str(file)
-    with open_image(*_opened(file)) as picture:
-        width, height = picture.size
+    with open_image(*_opened(file)) as image:
+        width, height = image.size
         try:
-            sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
         except DECODE_ERRORS as error:
             raise damage_error(path, error) from None
         return (width, height) if sideways else (height, width)
@@ -193,33 +193,33 @@ def middle_square(image: Image, side: int) -> Image:
 def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
     try:
         deep = _deep_gray(opened, name)
-        picture = ImageOps.exif_transpose(opened)
+        image = ImageOps.exif_transpose(opened)
         if deep is not None:
             low, high = deep
-            gray = (np.asarray(picture).astype(np.float32) - low) / (high - low)
+            gray = (np.asarray(image).astype(np.float32) - low) / (high - low)
             return torch.from_numpy(np.repeat(gray.clip(0, 1)[None], 3, axis=0))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = PilImage.new("RGBA", picture.size, "white")
-            picture = PilImage.alpha_composite(white, picture)
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = PilImage.new("RGBA", image.size, "white")
+            image = PilImage.alpha_composite(white, image)
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     except DECODE_ERRORS as error:
         raise damage_error(name, error) from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _deep_gray(picture: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
+def _deep_gray(image: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
     """The values of black and white in a gray image of more than 8 bits, as its file declares them; None without them.
 
     Raises InputError if the file does not declare the values of black and white.
     """
-    if picture.mode == "F":
+    if image.mode == "F":
         raise InputError(f"{name}: float pixels have no fixed range: save it as 8-bit PNG")
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+    if image.mode != "I" and not image.mode.startswith("I;16"):
         return None
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF alone
+    tags = getattr(image, "tag_v2", {})  # of a TIFF alone
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
-    if (picture.mode == "I" and picture.format != "PNG") or bits > 16:
+    if (image.mode == "I" and image.format != "PNG") or bits > 16:
         raise InputError(f"{name}: 32-bit or signed pixels have no fixed range: save it as 8-bit or 16-bit PNG")
     white = 2.0**bits - 1
     return (white, 0.0) if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else (0.0, white)

@@ -124,7 +124,7 @@ class BenchmarkRecord:
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     clusters: tuple[str, ...]
-    """Resampling unit of each prompt: its picture, or its content."""
+    """Resampling unit of each prompt: its image, or its content."""
     scores: tuple[float, ...]
     """Mean of the first ``samples`` outputs; nan where a reward failed: such prompts are left out of every mean."""
     samples: int = 1
@@ -133,7 +133,7 @@ class BenchmarkRecord:
     judged: tuple[tuple[float | None, ...], ...] = ()
     """The VQA score of every sample by the judge; () where nothing was judged, None where that failed."""
     read_back: tuple[ReadBack | None, ...] = ()
-    """The model's own reading of its first picture; None where there is none."""
+    """The model's own reading of its first image; None where there is none."""
     forms: tuple[str, ...] = ()
     """The form of each question; "" where there is no right text."""
     right: tuple[str | None, ...] = ()

@@ -96,23 +96,23 @@ class Prompt:
             raise InputError(f"{named}: field task is {self.task!r}: must be one of {', '.join(TASKS)}")
         if not isinstance(self.parts, tuple | list):
             raise InputError(
-                f"{named}: field parts is {self.parts!r}: must be a tuple of texts and pictures, such as ('a circle',)"
+                f"{named}: field parts is {self.parts!r}: must be a tuple of texts and images, such as ('a circle',)"
             )
         wrong = [type(part).__name__ for part in self.parts if not isinstance(part, str | torch.Tensor)]
         if wrong:
-            raise InputError(f"{named}: field parts holds {wrong[0]}: must hold texts and pictures, (3, H, W) tensors")
+            raise InputError(f"{named}: field parts holds {wrong[0]}: must hold texts and images, (3, H, W) tensors")
         kinds = self.output if isinstance(self.output, tuple | list) else ()
         if not kinds or not set(kinds) <= {"text", "image"}:
             raise InputError(f"{named}: field output is {self.output!r}: must be a tuple of 'text' and 'image'")
 
     @property
     def text(self) -> str:
-        """The texts of the prompt, without its pictures."""
+        """The texts of the prompt, without its images."""
         return " ".join(part for part in self.parts if isinstance(part, str)).strip()
 
     @property
     def images(self) -> list[Image]:
-        """The pictures of the prompt, in order."""
+        """The images of the prompt, in order."""
         return [part for part in self.parts if not isinstance(part, str)]
 
 
@@ -123,7 +123,7 @@ class Example:
     prompt: Prompt
     outputs: tuple[Part, ...]
     """One per entry of ``prompt.output``."""
-    dropped: Literal["", "text", "picture"] = ""
+    dropped: Literal["", "text", "image"] = ""
     """What of the prompt is left out, so that guidance has a branch without it."""
 
 

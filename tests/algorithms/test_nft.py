@@ -40,7 +40,7 @@ def test_nft_loss_weights_and_velocity_kl_by_hand(q: float) -> None:
 
 
 def errors_after_a_step(q: float) -> tuple[float, float]:
-    """Mean squared error of the predicted picture before and after one small gradient step from v = v_old."""
+    """Mean squared error of the predicted image before and after one small gradient step from v = v_old."""
     generator = torch.Generator().manual_seed(3)
     x0, noise, v_old = torch.randn(3, 2, 4, 5, generator=generator)
     t = torch.tensor([0.3, 0.8])

@@ -1,4 +1,4 @@
-"""The user's own rows and pictures: what is read, and the one line that says what is wrong."""
+"""The user's own rows and images: what is read, and the one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     mask.paste(255, (1, 0, 3, 2))
     mask.save(home / "mask.png")
     (home / "link.png").symlink_to(tmp_path / "outside.png")
-    (home / "text.png").write_text("no picture")
+    (home / "text.png").write_text("no image")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     PilImage.fromarray(noise).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
@@ -92,7 +92,7 @@ def test_reads_rows(folder: Path) -> None:
 
 
 def test_rows_say_where_an_edit_may_change(folder: Path) -> None:
-    """As boxes [left, top, right, bottom], or as a picture that is white there."""
+    """As boxes [left, top, right, bottom], or as an image that is white there."""
     boxes, mask, neither = {"edited": [[1, 0, 3, 2], [4, 3, 5, 4]]}, {"edited": "mask.png"}, {}
     rows = [{**EDIT, "id": str(i)} | more for i, more in enumerate((boxes, mask, neither))]
     prompts = {p.id: p for p in source(write(folder, *rows)).prompts("edit", 3)}
@@ -110,7 +110,7 @@ def test_rows_say_where_an_edit_may_change(folder: Path) -> None:
         black.prompt("edit", 0)
 
 
-def test_boxes_are_of_the_picture_as_it_is_seen(folder: Path) -> None:
+def test_boxes_are_of_the_image_as_it_is_seen(folder: Path) -> None:
     """Not as it is stored: a camera on its side turns it when it is read."""
     exif = PilImage.Exif()
     exif[0x0112] = 6
@@ -172,22 +172,22 @@ ROWS = [
     ([{**EDIT, "edited": [[0, 0, 1]]}], "field 'edited' has the box [0, 0, 1]: must be [left, top"),
     ([{**EDIT, "edited": [[-1, 0, 1, 1]]}], "field 'edited' has the box [-1, 0, 1, 1]: must be"),
     ([{**EDIT, "edited": "sub/b.png"}], "mask 'sub/b.png' of field 'edited' has 3 x 3 pixels, its source 5 x 4"),
-    ([{**EDIT, "edited": "gone.png"}], "gone.png: no such picture file"),
-    ([{"task": "understand", "prompt": "what ?"}], "task 'understand' needs a picture"),
-    ([{"task": "edit", "prompt": "make it red"}], "task 'edit' needs a picture"),
+    ([{**EDIT, "edited": "gone.png"}], "gone.png: no such image file"),
+    ([{"task": "understand", "prompt": "what ?"}], "task 'understand' needs an image"),
+    ([{"task": "edit", "prompt": "make it red"}], "task 'edit' needs an image"),
     ([{**DRAW, "output": ["text"]}], "task 'generate' produces image"),
     ([{**DRAW, "target": ["a.png", "a.png"]}], "field 'target' has 2 entries for 1 outputs"),
     ([{**DRAW, "id": "x"}, {**DRAW, "id": "x"}], ":2: id 'x' is already that of line 1"),
-    ([{**ASK, "images": ["no.png"]}], "no such picture file"),
-    ([{**ASK, "images": ["sub"]}], "sub: is a folder, not a regular file: give a picture file"),
-    ([{**ASK, "images": [""]}], "picture '' is no path"),
+    ([{**ASK, "images": ["no.png"]}], "no such image file"),
+    ([{**ASK, "images": ["sub"]}], "sub: is a folder, not a regular file: give an image file"),
+    ([{**ASK, "images": [""]}], "image '' is no path"),
     ([{**ASK, "images": ["../outside.png"]}], "lies outside"),
     ([{**ASK, "images": ["/etc/hostname"]}], "lies outside"),
     ([{**ASK, "images": ["C:\\a.png"]}], "lies outside"),
     ([{**ASK, "images": ["link.png"]}], "lies outside"),
     ([{**DRAW, "target": "../outside.png"}], "lies outside"),
-    ([{**ASK, "images": ["text.png"]}], "not a picture that can be read"),
-    ([{**ASK, "images": ["cut.png"]}], "damaged picture"),
+    ([{**ASK, "images": ["text.png"]}], "not an image that can be read"),
+    ([{**ASK, "images": ["cut.png"]}], "damaged image"),
     ([{**ASK, "images": ["moving.gif"]}], "animated"),
     ([{**ASK, "images": ["huge.png"]}], "9000 x 8000 pixels, more than 64 megapixels"),
 ]
@@ -229,8 +229,8 @@ def test_byte_order_mark_and_windows_lines(folder: Path) -> None:
     assert len(source(file)) == 2
 
 
-def saved(tmp_path: Path, picture: PilImage.Image, name: str = "x.png", **options: Any) -> torch.Tensor:
-    picture.save(tmp_path / name, **options)
+def saved(tmp_path: Path, pil: PilImage.Image, name: str = "x.png", **options: Any) -> torch.Tensor:
+    pil.save(tmp_path / name, **options)
     image = load_image(tmp_path / name)
     assert image.dtype == torch.float32
     assert image.ndim == 3

@@ -108,34 +108,34 @@ def test_operands_whatever_their_order() -> None:
     assert operands("draw 3 apples") == ""
 
 
-# --- pictures ---
+# --- images ---
 
 
-def picture(color: str = "red", row: int = 0) -> torch.Tensor:
+def scene_image(color: str = "red", row: int = 0) -> torch.Tensor:
     return render(Scene("gray", (SceneObject("star", color, row, 2), SceneObject("cross", "blue", 3, 3))))
 
 
 def test_equal_pixels_have_one_digest_and_others_another() -> None:
-    saved = torch.from_numpy((picture() * 255).round().numpy()) / 255  # as a file of 8 bits gives it back
-    assert compared_pixels(picture()) == compared_pixels(saved)
-    one_pixel = picture()
+    saved = torch.from_numpy((scene_image() * 255).round().numpy()) / 255  # as a file of 8 bits gives it back
+    assert compared_pixels(scene_image()) == compared_pixels(saved)
+    one_pixel = scene_image()
     one_pixel[0, 0, 0] += 1 / 255
-    assert compared_pixels(one_pixel).digest != compared_pixels(picture()).digest
+    assert compared_pixels(one_pixel).digest != compared_pixels(scene_image()).digest
 
 
 def test_noise_looks_alike_and_another_color_does_not() -> None:
     def bits(image: torch.Tensor) -> int:
-        look = compared_pixels(picture()).phash
+        look = compared_pixels(scene_image()).phash
         return int(differing_bits(look, [compared_pixels(image).phash])[0])
 
-    noisy = picture() + 0.004 * torch.randn(3, 32, 32)
-    assert bits(picture()) == 0
+    noisy = scene_image() + 0.004 * torch.randn(3, 32, 32)
+    assert bits(scene_image()) == 0
     assert bits(noisy) <= PHASH_BITS
-    assert bits(picture("green")) > PHASH_BITS
-    assert bits(picture(row=1)) > PHASH_BITS
+    assert bits(scene_image("green")) > PHASH_BITS
+    assert bits(scene_image(row=1)) > PHASH_BITS
 
 
-def test_different_pictures_of_the_world_are_told_apart() -> None:
+def test_different_images_of_the_world_are_told_apart() -> None:
     prompts = ScenePrompts(ScenesConfig(), "train").prompts("understand", 1200)
     images = {compared_pixels(p.parts[0], phash=False).digest: p.parts[0] for p in prompts}  # type: ignore[arg-type]
     looks = [perceptual_hash((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images.values()]  # type: ignore[union-attr]
@@ -179,7 +179,7 @@ def test_the_splits_of_the_world_are_apart() -> None:
     for others in splits.values():
         found = Index(others, CAPTION_PREFIXES).overlaps(test)
         assert not leaks(found)
-        assert not sum(each.picture for each in found)
+        assert not sum(each.image for each in found)
         assert {each.task: each.normalized for each in found}["generate"] == 0
     assert not leaks(Index(train, CAPTION_PREFIXES).overlaps(splits["validation"]))
     assert all(each.content for each in (*train, *test) if each.task in ("generate", "reason"))
@@ -195,8 +195,8 @@ def test_a_leak_of_the_world_is_seen() -> None:
         "reason": 24,
     }
     drawing = next(each for each in train if each.task == "generate")
-    spoken = ComparedPrompt("t", "generate", f"Draw the picture of {drawing.text}!", (), "")
-    index = Index([drawing], [*CAPTION_PREFIXES, "draw the picture of"])
+    spoken = ComparedPrompt("t", "generate", f"Draw the image of {drawing.text}!", (), "")
+    index = Index([drawing], [*CAPTION_PREFIXES, "draw the image of"])
     assert index.same(spoken) == drawing.where
 
 
@@ -216,7 +216,7 @@ def save(name: str, rows: Sequence[Row]) -> str:
 
 
 def photo(name: str, seed: int = 0, quality: int | None = None) -> str:
-    """A smooth picture, the same for a seed."""
+    """A smooth image, the same for a seed."""
     rough = np.random.default_rng(seed).uniform(0, 255, (6, 6, 3)).astype(np.uint8)
     image = PilImage.fromarray(rough).resize((96, 96), PilImage.Resampling.BICUBIC)
     image.save(name, **({} if quality is None else {"quality": quality}))
@@ -247,7 +247,7 @@ def train() -> str:
         ),
         (
             {"task": "understand", "prompt": "what is it?", "images": ["again.jpg"], "answer": "a cat"},
-            "test.jsonl:2 asks what train.jsonl:2 asks of pictures that look alike",
+            "test.jsonl:2 asks what train.jsonl:2 asks of images that look alike",
         ),
         (
             {"task": "reason", "prompt": "What is 30 + 12?", "answer": "42"},
@@ -275,7 +275,7 @@ def test_what_is_no_leak(train: str, capsys: Output) -> None:
     assert main(["audit", "--data", train, validation, save("test.jsonl", rows), "--json", "found.json"]) == 0
     assert "apart" in capsys.readouterr().out
     found = {o["task"]: o for o in json.loads(Path("found.json").read_text())["overlaps"]["test in train"]}
-    assert (found["understand"]["verbatim"], found["understand"]["picture"]) == (1, 1)
+    assert (found["understand"]["verbatim"], found["understand"]["image"]) == (1, 1)
     assert (found["generate"]["some_ngrams"], found["generate"]["all_ngrams"]) == (1, 0)
 
 
@@ -315,7 +315,7 @@ def own(**files: str) -> TrainConfig:
 def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) -> None:
     test = save("test.jsonl", [{"task": "generate", "prompt": "the Red cat."}])
     with pytest.raises(
-        InputError, match=r"^test.jsonl:1: the same text and pictures as train.jsonl:1 of data.jsonl.train"
+        InputError, match=r"^test.jsonl:1: the same text and images as train.jsonl:1 of data.jsonl.train"
     ):
         require_disjoint_splits(own(train=train, test=test))
     with pytest.raises(InputError, match=r"^test.jsonl:1: .* as held.jsonl:1 of data.jsonl.validation"):
@@ -328,7 +328,7 @@ def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) 
     data = f"data={{source: jsonl, jsonl: {files}, prompts_per_step: {{reason: 2}}}}"
     for command in ("train", "check"):
         assert main([command, "quickstart", data]) == 2
-        assert "same.jsonl:1: the same text and pictures as sums.jsonl:1" in capsys.readouterr().err
+        assert "same.jsonl:1: the same text and images as sums.jsonl:1" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

@@ -11,7 +11,7 @@ from lvrpo.data.presets import PRESETS
 from lvrpo.data.rows import parse_row
 from lvrpo.rewards.verifiable_text import answers_match
 
-PICTURE = {"bytes": b"...", "path": None}
+IMAGE = {"bytes": b"...", "path": None}
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
 CHAT = [
     {"role": "system", "content": "Think first."},
@@ -21,11 +21,11 @@ CHAT = [
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prompts", {"caption": " a bus "}, {"task": "generate", "prompt": "a bus"}),
-    ("captions", {"jpg": PICTURE, "txt": "a bus"}, {"task": "generate", "prompt": "a bus", "target": [PICTURE]}),
+    ("captions", {"jpg": IMAGE, "txt": "a bus"}, {"task": "generate", "prompt": "a bus", "target": [IMAGE]}),
     (
         "labels",
-        {"image": PICTURE, "label": "bus"},
-        {"task": "understand", "images": [PICTURE], "prompt": "what is in the picture ?", "answer": "bus"},
+        {"image": IMAGE, "label": "bus"},
+        {"task": "understand", "images": [IMAGE], "prompt": "what is in the picture ?", "answer": "bus"},
     ),
     (
         "pickapic",
@@ -39,13 +39,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "gedit",
-        {"task_type": "color_alter", "instruction": "Make it red", "input_image_raw": PICTURE, "key": "k"},
-        {"task": "edit", "images": [PICTURE], "prompt": "Make it red", "category": "color_alter"},
+        {"task_type": "color_alter", "instruction": "Make it red", "input_image_raw": IMAGE, "key": "k"},
+        {"task": "edit", "images": [IMAGE], "prompt": "Make it red", "category": "color_alter"},
     ),
     (
         "scienceqa",
         {
-            "image": PICTURE,
+            "image": IMAGE,
             "question": "Which?",
             "choices": ["x", "y"],
             "answer": 1,
@@ -55,7 +55,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         },
         {
             "task": "understand",
-            "images": [PICTURE],
+            "images": [IMAGE],
             "prompt": "Look.\nWhich?\nA. x\nB. y\nAnswer with the letter of the choice.",
             "answer": "B",
             "category": "natural science",
@@ -73,10 +73,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "trl",
-        {"messages": CHAT, "images": [PICTURE]},
+        {"messages": CHAT, "images": [IMAGE]},
         {
             "task": "understand",
-            "images": [PICTURE],
+            "images": [IMAGE],
             "prompt": "Think first.\n\nWhat is it?",
             "target": ["A bus."],
         },

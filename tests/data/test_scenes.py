@@ -110,7 +110,7 @@ def test_split_ignores_the_order_of_objects() -> None:
 
 
 def _scenes(split: Split, seed: int, n: int) -> set[str]:
-    """Keys of the pictures shown, and in training of those drawn."""
+    """Keys of the images shown, and in training of those drawn."""
     source, keys = ScenePrompts(ScenesConfig(), split, seed), set()
     for task in source.tasks:
         for index in range(n):
@@ -122,7 +122,7 @@ def _scenes(split: Split, seed: int, n: int) -> set[str]:
     return keys
 
 
-def test_splits_share_no_picture() -> None:
+def test_splits_share_no_image() -> None:
     train, validation, test = (_scenes(s, 0, 700) for s in SPLITS)
     corpus = web_corpus(CorpusConfig(scenes=2000, edits=400, reasons=400))
     web = {
@@ -269,7 +269,7 @@ def test_random_access_is_pure(task: TaskKind) -> None:
     assert any(texts(other.prompt(task, i)) != texts(in_order[i].prompt) for i in range(20))
 
 
-def test_questions_share_their_picture() -> None:
+def test_questions_share_their_image() -> None:
     prompts = ScenePrompts(ScenesConfig(questions_per_picture=3), "train").prompts("understand", 9)
     assert [p.parts[0] is prompts[0].parts[0] for p in prompts] == [True] * 3 + [False] * 6
     assert prompts[3].parts[0] is prompts[5].parts[0]
@@ -317,7 +317,7 @@ def test_answers_are_balanced() -> None:
 
 
 def _answer(question: str, image: torch.Tensor) -> str:
-    """Answers from the picture by its own parser: an independent check of the questions."""
+    """Answers from the image by its own parser: an independent check of the questions."""
     objects = read(image[None])[0].objects
     singular = {"crosses": "cross"} | {f"{s}s": s for s in (*SHAPES, "object")}
     w = [singular.get(x, x) for x in question.removesuffix(" ?").split() if x not in ("a", "an")]

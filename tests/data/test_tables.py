@@ -46,8 +46,8 @@ def png(color: str, side: int = 4) -> bytes:
     return file.getvalue()
 
 
-def folder_of(name: str = "pictures") -> Path:
-    """A folder of pictures with a folder per class."""
+def folder_of(name: str = "images") -> Path:
+    """A folder of images with a folder per class."""
     for i, color in enumerate((*COLORS, *COLORS)):
         place = Path(name, "warm" if color == "red" else "cold")
         place.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def prompts(**keys: Any) -> list[Prompt]:
 
 
 def shown(prompt: Prompt) -> list[Any]:
-    """Texts, and the color of the first pixel of pictures."""
+    """Texts, and the color of the first pixel of images."""
     return [p if isinstance(p, str) else p[:, 0, 0].tolist() for p in prompt.parts]
 
 
@@ -112,8 +112,8 @@ def test_rows_of_a_table_are_those_of_json_lines() -> None:
         assert mine.edited is None or torch.equal(mine.edited, other.edited if other.edited is not None else mine)
 
 
-def test_parquet_with_the_bytes_of_pictures() -> None:
-    """As a bare column of bytes, as ``datasets`` stores pictures, and as lists of them; columns are mapped by name."""
+def test_parquet_with_the_bytes_of_images() -> None:
+    """As a bare column of bytes, as ``datasets`` stores images, and as lists of them; columns are mapped by name."""
     stored = [{"bytes": png("red"), "path": None}, {"bytes": png("green"), "path": "b.png"}]
     columns = {
         "bare": [png("red"), png("green")],
@@ -140,7 +140,7 @@ def test_an_answer_of_32_bits_is_the_number_that_was_meant() -> None:
     assert [p.answer for p in prompts(train="rows.parquet", task="reason")] == ["0.1", "-2.5", None, "3.0"]
 
 
-def test_a_folder_of_pictures_and_ranges_of_its_rows() -> None:
+def test_a_folder_of_images_and_ranges_of_its_rows() -> None:
     """In order all of one class come first, and shuffled the order is the same each time, so that ranges are apart."""
     folder = str(folder_of())
     answers = [p.answer for p in prompts(path=folder, train="train", preset="labels")]
@@ -151,9 +151,9 @@ def test_a_folder_of_pictures_and_ranges_of_its_rows() -> None:
     mixed = {"path": folder, "preset": "labels", "shuffle": True, **ranges}
     train, test = source(**mixed), source("test", **mixed)
     assert [line.where for line in train._lines] == [line.where for line in source(**mixed)._lines]
-    pictures = [{str(line.images[0]) for line in each._lines} for each in (train, test)]
-    assert len(pictures[0] | pictures[1]) == 8
-    assert not pictures[0] & pictures[1]
+    images = [{str(line.images[0]) for line in each._lines} for each in (train, test)]
+    assert len(images[0] | images[1]) == 8
+    assert not images[0] & images[1]
 
 
 def test_webdataset_shards_in_order_of_their_names() -> None:
@@ -162,9 +162,9 @@ def test_webdataset_shards_in_order_of_their_names() -> None:
         shard(f"s-{number}.tar", samples)
     found = source(train="s-*.tar", preset="captions")
     assert [p.parts for p in found.in_order()] == [(color,) for color in COLORS]
-    (picture,) = found.examples("generate", 1)[0].outputs
-    assert not isinstance(picture, str)
-    assert picture[:, 0, 0].tolist() == RED
+    (image,) = found.examples("generate", 1)[0].outputs
+    assert not isinstance(image, str)
+    assert image[:, 0, 0].tolist() == RED
     assert found._lines[3].where.endswith("s-1.tar: sample 1-white")
 
 
@@ -181,7 +181,7 @@ def test_several_sets_are_one_source_with_ids_of_their_own() -> None:
     assert [p.id for p in found.in_order()] == ["0/1", "1/1"]
 
 
-def test_sets_of_one_label_or_one_file_keep_their_own_pictures() -> None:
+def test_sets_of_one_label_or_one_file_keep_their_own_images() -> None:
     def table(file: str, *rows: tuple[str, str]) -> None:
         Path(file).parent.mkdir(exist_ok=True)
         columns = {
@@ -209,21 +209,21 @@ def test_sets_of_one_label_or_one_file_keep_their_own_pictures() -> None:
 def test_streaming_reads_a_range_once_and_then_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of the range and no others, in order; a run that goes on has them though the source is gone."""
     for number in range(3):
-        rows = [{"prompt": f"picture {number}{i}"} for i in range(4)]
+        rows = [{"prompt": f"image {number}{i}"} for i in range(4)]
         jsonl(f"part-{number}.jsonl", *rows)
     Path("set").mkdir()
     for number in range(3):
         Path(f"part-{number}.jsonl").rename(f"set/part-{number}.jsonl")
     keys = {"path": "set", "train": "train[3:6]", "preset": "prompts", "streaming": True}
     first = source(**keys)
-    assert [p.parts[0] for p in first.in_order()] == ["picture 03", "picture 10", "picture 11"]
+    assert [p.parts[0] for p in first.in_order()] == ["image 03", "image 10", "image 11"]
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda self: pytest.fail("read again"))
     again = source(**keys)
     assert again.fingerprint() == first.fingerprint()
     assert [p.id for p in again.prompts("generate", 5)] == [p.id for p in first.prompts("generate", 5)]
 
 
-def test_streaming_keeps_the_bytes_of_pictures() -> None:
+def test_streaming_keeps_the_bytes_of_images() -> None:
     folder = folder_of()
     found = source(path=str(folder), train="train[:2]", preset="labels", streaming=True)
     for file in folder.rglob("*.png"):
@@ -232,7 +232,7 @@ def test_streaming_keeps_the_bytes_of_pictures() -> None:
 
 
 def test_every_pass_has_another_order_that_depends_on_the_seed_alone() -> None:
-    jsonl("a.jsonl", *[{"prompt": f"picture {i}"} for i in range(20)])
+    jsonl("a.jsonl", *[{"prompt": f"image {i}"} for i in range(20)])
     config = [DatasetConfig(train="a.jsonl", preset="prompts")]
     orders = [[p.id for p in DatasetPrompts(config, seed=s).prompts("generate", 40)] for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
@@ -253,9 +253,9 @@ def test_a_set_of_the_hub_is_asked_for_by_name_and_revision(monkeypatch: pytest.
             return real("kept", **rest)
 
         monkeypatch.setattr(datasets, name, answer)
-    keys = {"path": "someone/pictures", "name": "small", "revision": "abc", "preset": "labels", "root": Path("kept")}
+    keys = {"path": "someone/images", "name": "small", "revision": "abc", "preset": "labels", "root": Path("kept")}
     assert len(source(**keys, train="train[:3]")) == 3
-    hub = {"path": "someone/pictures", "name": "small", "revision": "abc"}
+    hub = {"path": "someone/images", "name": "small", "revision": "abc"}
     assert asked == [hub, {**hub, "split": "train"}]
 
 
@@ -268,7 +268,7 @@ def bad_cut_shard() -> dict[str, Any]:
     return {"train": "cut.tar", "preset": "captions"}
 
 
-def bad_picture() -> dict[str, Any]:
+def bad_image() -> dict[str, Any]:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     file = io.BytesIO()
     PilImage.fromarray(noise).save(file, "PNG")
@@ -318,15 +318,15 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         bad_row("a.jsonl", {"prompt": "x", "task": "generate"}, {"prompt": "x", "task": "draw"}),
         r"a\.jsonl: row 2: field 'task' is 'draw'",
     ),
-    "a picture that is missing": (
+    "an image that is missing": (
         bad_row("a.jsonl", {"prompt": "x", "task": "understand", "images": ["no.png"]}),
-        r"a\.jsonl: row 1: .*no\.png: no such picture file",
+        r"a\.jsonl: row 1: .*no\.png: no such image file",
     ),
     "an address": (
         bad_row("a.jsonl", {"prompt": "x", "task": "understand", "images": ["http://x/a.png"]}),
-        r"a\.jsonl: row 1: picture 'http://x/a.png' is an address: fetch",
+        r"a\.jsonl: row 1: image 'http://x/a.png' is an address: fetch",
     ),
-    "a picture that is damaged": (bad_picture, r"a\.tar: sample k1: target\.0: damaged picture"),
+    "an image that is damaged": (bad_image, r"a\.tar: sample k1: target\.0: damaged image"),
     "a shard that is cut off": (bad_cut_shard, r"cut\.tar: the archive is cut off"),
     "a row of a second file": (bad_second_file, r"p-1\.jsonl: row 2: no value in prompt"),
     "a second file that cannot be read": (bad_json_in_one_of_two, r"p-1\.jsonl: cannot be read \(.*row 1\): fix"),
@@ -357,7 +357,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         r"path=a\.jsonl: is a file: leave path out and write train: a\.jsonl",
     ),
     "a Hub that is not reached": (lambda: {"path": "no/where", "train": "train"}, r"no/where .* or the Hub id"),
-    "a picture outside": (bad_outside, r"rows/a\.parquet: row 1: picture '.*secret\.png' lies outside"),
+    "an image outside": (bad_outside, r"rows/a\.parquet: row 1: image '.*secret\.png' lies outside"),
     "a name without a path": (lambda: {"train": "a.jsonl", "name": "x"}, "name and revision are of a data set"),
 }
 
@@ -414,7 +414,7 @@ def test_check_shows_counts_problems_duplicates_and_leaks(capfd: pytest.CaptureF
     with PilImage.open("rows.png") as sheet:
         pixels = np.asarray(sheet)
     assert (pixels == grids.EMPTY_COLOR).all(-1).sum() == 2 * SIDE**2  # a tile for each row that can be used
-    sets = "data.datasets=[{path: pictures, preset: labels, train: train, test: 'train[:2]'}]"
+    sets = "data.datasets=[{path: images, preset: labels, train: train, test: 'train[:2]'}]"
     Path("own.yaml").write_text("extends: quickstart\ndata: {source: datasets}\n")
     assert main(["data", "check", "train.jsonl"]) == 2  # again, as after a change of the rows
     assert capfd.readouterr().err.startswith("error: 2 rows cannot be used")
@@ -429,14 +429,14 @@ def test_check_shows_counts_problems_duplicates_and_leaks(capfd: pytest.CaptureF
 
 def test_check_of_a_folder_and_of_sources_that_it_does_not_know(capfd: pytest.CaptureFixture[str]) -> None:
     folder_of()
-    assert main(["data", "check", "pictures", "preset=labels", "--out", "a.png"]) == 0
+    assert main(["data", "check", "images", "preset=labels", "--out", "a.png"]) == 0
     for arguments, message in (
-        (["pictures", "preset=labels", "--out", "a.png"], "exists already"),
+        (["images", "preset=labels", "--out", "a.png"], "exists already"),
         (["quickstart", "--out", "b.png"], "lvrpo data preview shows it"),
-        (["pictures", "preset=lables", "--out", "b.png"], "did you mean labels?"),
+        (["images", "preset=lables", "--out", "b.png"], "did you mean labels?"),
         (["nothing", "--out", "b.png"], "nothing: no such file or folder: check the path; an id on the Hub is OWNER"),
-        (["picturs", "--out", "b.png"], "picturs: no such file or folder: did you mean pictures?"),
-        (["pictures/cat", "--out", "b.png"], "pictures/cat: no such file or folder: "),
+        (["imags", "--out", "b.png"], "imags: no such file or folder: did you mean images?"),
+        (["images/cat", "--out", "b.png"], "images/cat: no such file or folder: "),
         (["./nothing/here", "--out", "b.png"], "./nothing/here: no such file or folder: "),
     ):
         assert main(["data", "check", *arguments]) == 2

@@ -20,7 +20,7 @@ def test_an_instruction_says_what_changes() -> None:
     source = ScenePrompts(split="test")
     for index in range(200):
         example = source.example("edit", index)
-        before, after = (read(picture[None])[0] for picture in (example.prompt.parts[0], example.outputs[0]))  # type: ignore[index]
+        before, after = (read(image[None])[0] for image in (example.prompt.parts[0], example.outputs[0]))  # type: ignore[index]
         found = questions_of_text(str(example.prompt.parts[1]))
         assert found
         for fact in found:

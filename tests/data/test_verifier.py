@@ -34,8 +34,8 @@ from lvrpo.data.scenes import (
 from lvrpo.data.scenes.objects import digit_indices, digit_samples, shape_masks
 from lvrpo.types import Fact, TaskKind
 
-PICTURES = 200
-"""Pictures per category."""
+IMAGES = 200
+"""Images per category."""
 
 
 def random_scene(rng: random.Random, digits: float, split: str = "test") -> Scene:
@@ -85,18 +85,18 @@ DRAWN = [(t, c) for t in ("generate", "edit") for c in CATEGORIES[t]] + [("reaso
 
 
 @pytest.mark.parametrize(("task", "category"), DRAWN)
-def test_right_pictures_pass_and_wrong_captions_fail(task: TaskKind, category: str) -> None:
+def test_right_images_pass_and_wrong_captions_fail(task: TaskKind, category: str) -> None:
     source = ScenePrompts(ScenesConfig(), "test")
-    facts, images = targets(source, task, category, PICTURES)
+    facts, images = targets(source, task, category, IMAGES)
     cycle = source.category_cycles[task]
-    built = [source._build(task, cycle.index(category) + k * len(cycle))[1][-1] for k in range(PICTURES)]
+    built = [source._build(task, cycle.index(category) + k * len(cycle))[1][-1] for k in range(IMAGES)]
     scenes = [s for s in built if isinstance(s, Scene)]
     readings = read(images)
-    accepted = sum(verify(f, r) for f, r in zip(facts, readings, strict=True)) / PICTURES
-    pairs = [(facts[(i + 17 * k) % PICTURES], i) for i in range(PICTURES) for k in range(1, 11)]
+    accepted = sum(verify(f, r) for f, r in zip(facts, readings, strict=True)) / IMAGES
+    pairs = [(facts[(i + 17 * k) % IMAGES], i) for i in range(IMAGES) for k in range(1, 11)]
     wrong_pairs = [(f, i) for f, i in pairs if not verify(f, as_read(scenes[i]))]
     wrong, accepted_wrong = len(wrong_pairs), sum(verify(f, readings[i]) for f, i in wrong_pairs)
-    print(f"{task}/{category}: {accepted:.4f} of right pictures pass, {accepted_wrong}/{wrong} wrong captions pass")
+    print(f"{task}/{category}: {accepted:.4f} of right images pass, {accepted_wrong}/{wrong} wrong captions pass")
     assert accepted >= 0.995
     assert wrong > 1000
     assert accepted_wrong <= 0.005 * wrong
@@ -109,7 +109,7 @@ def test_reads_every_clean_scene_of_every_split() -> None:
     assert share_right(scenes, read(images)) >= 0.999
 
 
-def test_degraded_pictures() -> None:
+def test_degraded_images() -> None:
     rng = random.Random(2)
     scenes = [random_scene(rng, 0.3) for _ in range(600)]
     images = torch.stack([render(s) for s in scenes])
@@ -124,7 +124,7 @@ def test_degraded_pictures() -> None:
             t.get((o.row, o.col)) != (o.shape, o.color) for t, r in zip(truth, readings, strict=True) for o in r.objects
         )
         total = sum(len(s.objects) for s in scenes)
-        print(f"{kind} {amount:.2f}: {right:.4f} of pictures fully right, {wrong / total:.4f} of objects misread")
+        print(f"{kind} {amount:.2f}: {right:.4f} of images fully right, {wrong / total:.4f} of objects misread")
         assert right >= floor
         assert wrong <= 0.025 * total
 
@@ -179,16 +179,16 @@ def test_smudges_are_neither_objects_nor_empty(kind: str) -> None:
     assert not any(holds({"type": "total", "count": len(r.objects)}, r) for r in readings if r.unreadable)
 
 
-def test_garbage_pictures_are_not_clean() -> None:
-    pictures = torch.stack(
+def test_garbage_images_are_not_clean() -> None:
+    images = torch.stack(
         [
             torch.rand(3, 32, 32),
             torch.full((3, 32, 32), float("nan")),
             torch.tensor(COLOR["red"])[:, None, None] + torch.zeros(3, 32, 32),
         ]
     )
-    assert not any(r.clean for r in read(pictures))
-    assert read(pictures[:0]) == []
+    assert not any(r.clean for r in read(images))
+    assert read(images[:0]) == []
     with pytest.raises(ValueError, match="8 rows"):
         read(torch.zeros(1, 3, 30, 32))
 
@@ -205,7 +205,7 @@ def test_reading_does_not_depend_on_the_batch() -> None:
         assert (a.ground, a.unreadable) == (b.ground, b.unreadable)
 
 
-def test_larger_pictures() -> None:
+def test_larger_images() -> None:
     scene = Scene("white", (SceneObject("star", "pink", 5, 6), SceneObject("circle", "blue", 0, 7)))
     reading = read(render(scene, 64)[None])[0]
     assert same(scene, reading)
@@ -220,7 +220,7 @@ def test_speed() -> None:
     rendered = time.process_time()
     read(images)
     done = time.process_time()
-    print(f"render {(rendered - start) / 500 * 1e6:.0f} us, read {(done - rendered) / 500 * 1e3:.3f} ms per picture")
+    print(f"render {(rendered - start) / 500 * 1e6:.0f} us, read {(done - rendered) / 500 * 1e3:.3f} ms per image")
     assert (done - rendered) / 500 < 5e-3
 
 

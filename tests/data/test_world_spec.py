@@ -65,7 +65,7 @@ def examples(task: TaskKind, n: int) -> Iterator[tuple[Split, Example]]:
 
 
 def seen(example: Example) -> list[tuple[str, list[Thing]]]:
-    """Every picture, of the prompt and of the outputs."""
+    """Every image, of the prompt and of the outputs."""
     parts = [*example.prompt.parts, *example.outputs]
     return [see(part.numpy().astype(np.float64)) for part in parts if not isinstance(part, str)]
 
@@ -116,8 +116,8 @@ def test_drawings_mean_what_the_page_says_and_are_of_its_split() -> None:
         assert said.held_out() == example.prompt.held_out
         assert split_of_text(said.key(), said.held_out()) == which
         variants = [(ground, things), *almost(ground, things, rng)]
-        pictures = [torch.from_numpy(draw(*variant)).float() for variant in variants]
-        for variant, reading in zip(variants, verifier.read(pictures), strict=True):
+        images = [torch.from_numpy(draw(*variant)).float() for variant in variants]
+        for variant, reading in zip(variants, verifier.read(images), strict=True):
             right = said.means(*variant)
             assert verifier.verify(example.prompt.facts, reading) == right, (text, variant)
             verdicts[right] += 1
@@ -125,7 +125,7 @@ def test_drawings_mean_what_the_page_says_and_are_of_its_split() -> None:
 
 
 def almost(ground: str, things: list[Thing], rng: random.Random) -> Iterator[tuple[str, list[Thing]]]:
-    """Pictures that differ in one thing, right or wrong: a color, a cell, the ground, one object less or more."""
+    """Images that differ in one thing, right or wrong: a color, a cell, the ground, one object less or more."""
     free = [divmod(c, 4) for c in range(16) if all((o.row, o.col) != divmod(c, 4) for o in things)]
     (row, col), (far_row, far_col) = rng.sample(free, 2)
     k = rng.randrange(len(things))

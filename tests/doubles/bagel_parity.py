@@ -88,11 +88,11 @@ class Parity:
         return {name: error(value, ref[prefix + name]) for name, value in got.items() if name not in missing}
 
     # ---------------------------------------------------------------- sections
-    def pictures(self) -> Errors:
+    def images(self) -> Errors:
         ref, encoders, out = self.vectors("preproc"), self.policy.encoders, {}
         settings = self.policy.config.settings
         for k in (1, 2):
-            raw = picture(ref[f"image{k}_uint8"])
+            raw = image(ref[f"image{k}_uint8"])
             small = settings.latent_resize.apply(raw)
             exact(torch.from_numpy(to_uint8(small)), ref[f"image{k}_vae_resized_uint8"])
             got = {
@@ -136,7 +136,7 @@ class Parity:
         exact(places, ref["vit_position_ids"])
         features = encoders.vit(patchify(pixels, config.vit.patch_size), places.to(pixels.device))[0]
         with_places = encoders.read_embed(pixels)[0]
-        piece = runner.picture(one, "read")
+        piece = runner.image(one, "read")
         exact(torch.tensor([piece.ids[0], piece.ids[-1]]), ref["packed_text_ids"])
         exact(torch.from_numpy(row_layout((piece.span,)).rope_ids), ref["packed_position_ids"])
         image = runner.prefill([(piece,)])
@@ -168,7 +168,7 @@ class Parity:
         out["edit_vae_latent"] = error(latent, reference)
         exact(position_ids(*encoders.latent_grid(source), config.latent_side), ref["edit_vae_position_ids"])
         encoders.posterior_noise = lambda image, shape: ref["edit_vae_eps"][0].reshape(shape)
-        alone = runner.prefill([(runner.picture(source, "clean"),)])
+        alone = runner.prefill([(runner.image(source, "clean"),)])
         out["edit_vae_k_cache_layer0"] = error(alone.layer(0)[0][0], ref["edit_vae_k_cache_layer0"])
         out["edit_vae_v_cache_last"] = error(alone.layer(last)[1][0], ref["edit_vae_v_cache_last"])
         tags = sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t"))
@@ -307,8 +307,8 @@ class Parity:
         return sampling, grid, caches
 
     def source(self, k: int) -> Image:
-        """A raw picture, which the policy brings to the sizes that it reads and draws at."""
-        return picture(self.vectors("preproc")[f"image{k}_uint8"])
+        """A raw image, which the policy brings to the sizes that it reads and draws at."""
+        return image(self.vectors("preproc")[f"image{k}_uint8"])
 
     def check_context(self, cache: Cache, expected: Mapping[str, int]) -> None:
         assert (cache.lengths[0], int(cache.rope)) == (expected["kv_len"], expected["rope"])
@@ -372,7 +372,7 @@ class Parity:
                     tokens = ref["packed_vit_tokens"][patch : patch + n]
                     patch += n
                     image = unpatchify(tokens[None], p, size[0] // p, size[1] // p)[0] * 0.5 + 0.5
-                    trained = TrainedPiece(runner.picture(image, "read"))
+                    trained = TrainedPiece(runner.image(image, "read"))
                 else:
                     h, w = ref["latent_shapes"][latent].tolist()
                     z = ref["padded_latent"][
@@ -444,7 +444,7 @@ def exact_pixels(got: torch.Tensor, ref: torch.Tensor) -> None:
     assert float((distance > 0).float().mean()) < 1e-3
 
 
-def picture(pixels: torch.Tensor) -> Image:
+def image(pixels: torch.Tensor) -> Image:
     """uint8 (H, W, 3) -> (3, H, W) in [0, 1]."""
     return pixels.cpu().permute(2, 0, 1).float() / 255
 

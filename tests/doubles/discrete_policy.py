@@ -29,7 +29,7 @@ FIRST_CODE = FIRST_WORD + len(WORDS)
 VOCABULARY = FIRST_CODE + len(PALETTE)
 SIDE = 4
 N = SIDE * SIDE
-"""Tokens of a picture."""
+"""Tokens of an image."""
 LONGEST = 64
 
 
@@ -156,12 +156,12 @@ def image_ids(codes: Tensor) -> list[int]:
 
 
 def decoded(codes: Tensor) -> Image:
-    """The picture of N codes: a square of two by two pixels each."""
+    """The image of N codes: a square of two by two pixels each."""
     pixels = PALETTE[codes].view(SIDE, SIDE, 3).permute(2, 0, 1)
     return pixels.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 
 
 def encoded(image: Image) -> Tensor:
-    """The codes of a picture, (N,): the nearest colors."""
+    """The codes of an image, (N,): the nearest colors."""
     pixels = image[:, ::2, ::2].flatten(1).T
     return torch.cdist(pixels, PALETTE).argmin(dim=1)

@@ -58,13 +58,13 @@ def loss(model: Any, batch: str) -> torch.Tensor:
     """Of one micro-batch, whoever computes it."""
     kind, number = batch[0], int(batch[1:])
     side = SIDES["tiny" if isinstance(model, TinyPolicy) else "bagel"]
-    picture = torch.rand(3, side, side, generator=torch.Generator().manual_seed(number))
+    image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(number))
     if kind == "t":
-        prompt = Prompt(batch, "understand", (picture, "what color"), ("text",))
+        prompt = Prompt(batch, "understand", (image, "what color"), ("text",))
         output: Any = ("red", "two", "blue circle")[number % 3]
     else:
         prompt = Prompt(batch, "generate", (("red circle", "blue square")[number % 2],), ("image",))
-        output = picture
+        output = image
     losses = model.supervised_losses([Example(prompt, (output,))], torch.Generator().manual_seed(number))
     return sum(losses.values(), torch.zeros(()))
 

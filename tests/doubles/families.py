@@ -147,22 +147,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def make_picture(seed: int, height: int = 32, width: int = 32) -> Image:
+def make_image(seed: int, height: int = 32, width: int = 32) -> Image:
     pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     return (pixels * 255).round() / 255
 
 
 def prompts_of_all_tasks() -> list[Prompt]:
-    """Of different lengths; two ask about one picture, one about two of other sizes. No edits."""
-    shared = make_picture(1)
+    """Of different lengths; two ask about one image, one about two of other sizes. No edits."""
+    shared = make_image(1)
     return [
         Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
         Prompt("u1", "understand", (shared, "is it a red circle above a square"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2, 20, 40), make_picture(3), "yes or no"), ("text",)),
+        Prompt("u2", "understand", (make_image(2, 20, 40), make_image(3), "yes or no"), ("text",)),
         Prompt("g0", "generate", ("a red circle",), ("image",)),
         Prompt("g1", "generate", ("a red circle above a blue square",), ("image",)),
         Prompt("r0", "reason", ("a blue square",), ("text", "image")),
-        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
+        Prompt("r1", "reason", (make_image(4), "what color is it"), ("text",)),
     ]
 
 

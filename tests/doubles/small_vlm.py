@@ -61,7 +61,7 @@ PARTS = {
 
 @contextmanager
 def without_videos() -> Iterator[None]:
-    """Processors of pictures and videos are made for pictures alone where torchvision is missing."""
+    """Processors of images and videos are made for images alone where torchvision is missing."""
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
@@ -114,21 +114,21 @@ def create_vlm(
     max_pixels: int = 4096,
     positions: int | None = None,
 ) -> Path:
-    """Writes a random model with its processor; weights are large enough that a picture moves the logits.
+    """Writes a random model with its processor; weights are large enough that an image moves the logits.
 
-    ``max_pixels``: of a picture of Qwen-VL; larger ones are resized. ``positions``: the most tokens of a row.
+    ``max_pixels``: of an image of Qwen-VL; larger ones are resized. ``positions``: the most tokens of a row.
     """
     import transformers
 
     make = {"idefics3": _idefics, "gemma3": _gemma}.get(family, _qwen)
-    config, tokenizer, pictures, template = make(family, width, depth, vocabulary)
+    config, tokenizer, images, template = make(family, width, depth, vocabulary)
     if positions is not None:
         config.get_text_config().max_position_embeddings = positions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
     if family not in PARTS:
-        pictures.size = {"shortest_edge": 64, "longest_edge": max_pixels}
+        images.size = {"shortest_edge": 64, "longest_edge": max_pixels}
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, END_OF_TURN if family == "gemma3" else 0],
         pad_token_id=0,
@@ -137,7 +137,7 @@ def create_vlm(
         top_k=1,
     )
     with quiet_loading(transformers):
-        for part in (model, tokenizer, pictures):
+        for part in (model, tokenizer, images):
             part.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template)
     if family in PARTS:
@@ -173,7 +173,7 @@ def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
     }
     vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "initializer_range": 0.3}
     ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
-    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2)
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2)
     if family == "qwen2_5_vl":
         vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": width, "window_size": 16}
         vision |= {"fullatt_block_indexes": [1]}
@@ -183,7 +183,7 @@ def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
         vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": width}
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids, tie_word_embeddings=True)
-    return config, tokenizer, pictures, QWEN_TEMPLATE
+    return config, tokenizer, images, QWEN_TEMPLATE
 
 
 def _idefics(family: str, width: int, depth: int, vocabulary: int) -> Any:
@@ -215,14 +215,14 @@ def _idefics(family: str, width: int, depth: int, vocabulary: int) -> Any:
     config = transformers.Idefics3Config(
         text_config=text, vision_config=vision, image_token_id=image, scale_factor=2, pad_token_id=0
     )
-    pictures = Idefics3ImageProcessorPil(
+    images = Idefics3ImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
     )
-    return config, tokenizer, pictures, IDEFICS_TEMPLATE
+    return config, tokenizer, images, IDEFICS_TEMPLATE
 
 
 def _gemma(family: str, width: int, depth: int, vocabulary: int) -> Any:
-    """Layers that see eight places alternate with those that see all, and image tokens see their whole picture."""
+    """Layers that see eight places alternate with those that see all, and image tokens see their whole image."""
     import transformers
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 

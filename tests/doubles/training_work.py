@@ -147,11 +147,11 @@ def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
     side = answering.image_size or 16
     image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
     texts = ["red", "blue", "two circle", "one", "red circle"]
-    pictures = [(text,) for text in texts], [image] * 5, 2, list(range(5))
+    images = [(text,) for text in texts], [image] * 5, 2, list(range(5))
     logprobs = [
         answering.text_logprob([(image, "what is it")] * 5, texts),
-        answering.image_logprob(*pictures),
-        answering.image_logprob(*pictures, times=(0.2, 0.6)),
+        answering.image_logprob(*images),
+        answering.image_logprob(*images, times=(0.2, 0.6)),
         *answering.hidden_states(("red circle",), 1),
     ]
     groups = answering.sample(prompts, Sampling(2, max_new_tokens=3, num_steps=3), list(range(len(prompts))))

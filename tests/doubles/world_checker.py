@@ -98,23 +98,23 @@ class Thing:
 
 
 def draw(ground: str, things: list[Thing], cells: int = 4) -> np.ndarray:
-    picture = np.tile(GROUNDS[ground][:, None, None], (1, 8 * cells, 8 * cells))
+    image = np.tile(GROUNDS[ground][:, None, None], (1, 8 * cells, 8 * cells))
     for o in things:
         alpha = masks()[o.shape] if o.sample < 0 else digits()[0][o.sample]
         at = np.s_[:, 8 * o.row : 8 * o.row + 8, 8 * o.col : 8 * o.col + 8]
-        picture[at] += alpha * (COLORS[o.color] - GROUNDS[ground])[:, None, None]
-    return picture
+        image[at] += alpha * (COLORS[o.color] - GROUNDS[ground])[:, None, None]
+    return image
 
 
-# --- reading exact pictures ---
+# --- reading exact images ---
 
 
-def see(picture: np.ndarray) -> tuple[str, list[Thing]]:
-    """The ground and the objects of a picture that follows the page exactly."""
-    corner = np.median(picture.reshape(3, -1), axis=1)
+def see(image: np.ndarray) -> tuple[str, list[Thing]]:
+    """The ground and the objects of an image that follows the page exactly."""
+    corner = np.median(image.reshape(3, -1), axis=1)
     ground = min(GROUNDS, key=lambda g: np.abs(GROUNDS[g] - corner).max())
-    rows, cols = picture.shape[1] // 8, picture.shape[2] // 8
-    cells = picture.reshape(3, rows, 8, cols, 8).transpose(1, 3, 0, 2, 4) - GROUNDS[ground][:, None, None]
+    rows, cols = image.shape[1] // 8, image.shape[2] // 8
+    cells = image.reshape(3, rows, 8, cols, 8).transpose(1, 3, 0, 2, 4) - GROUNDS[ground][:, None, None]
     found = [
         see_cell(cells[r, c], ground, r, c)
         for r in range(rows)
@@ -173,7 +173,7 @@ class Caption:
         return any((color, shape) in HELD_OUT for _, color, shape in self.mentions)
 
     def means(self, ground: str, things: list[Thing]) -> bool:
-        """Whether a picture is right."""
+        """Whether an image is right."""
         right = len(things) == sum(n for n, _, _ in self.mentions) and self.ground in (None, ground)
         for n, color, shape in self.mentions:
             same = [o for o in things if o.shape == shape]

@@ -24,7 +24,7 @@ TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 EYE = {**SMALL, "patch_size": 8, "image_size": 32}
 SQUARE = {"height": 32, "width": 32}
 LABELS = {0: "bench", 1: "sports ball", 2: "mouse"}
-PICTURE = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(3))
+IMAGE = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(3))
 
 
 def tokenizer() -> Any:
@@ -119,10 +119,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["mask2former", "owlv2", "grounding_dino"])
-def test_what_a_detector_finds_lies_in_the_picture(folders: dict[str, Path], kind: str) -> None:
+def test_what_a_detector_finds_lies_in_the_image(folders: dict[str, Path], kind: str) -> None:
     detector = Detector(str(folders[kind]), (0.0, 0.0), "cpu")
     detector.require_names(["bench", "computer mouse"])
-    found = detector(PICTURE, ["bench", "sports ball"])
+    found = detector(IMAGE, ["bench", "sports ball"])
     assert list(found) == ["bench", "sports ball"]
     assert found["bench"]
     for detection in (d for each in found.values() for d in each):
@@ -133,7 +133,7 @@ def test_what_a_detector_finds_lies_in_the_picture(folders: dict[str, Path], kin
         assert (detection.mask is None) == (kind != "mask2former")
         if detection.mask is not None:
             assert detection.mask.shape == (32, 48)
-    surer = Detector(str(folders[kind]), (0.6, 0.8), "cpu")(PICTURE, ["bench"])["bench"]
+    surer = Detector(str(folders[kind]), (0.6, 0.8), "cpu")(IMAGE, ["bench"])["bench"]
     assert [d.score for d in surer] == [d.score for d in found["bench"] if d.score > 0.6]
 
 
@@ -167,13 +167,13 @@ def test_the_color_is_that_of_the_nearest_texts(folders: dict[str, Path]) -> Non
     objects = [Detection(0.9, (0, 0, 20, 20)), Detection(0.9, (6, 4, 30, 20), mask)]
     colors = torch.nn.functional.normalize(torch.randn(10, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
     classifier._colors["bench"] = colors
-    crops = [_crop(to_pil(PICTURE), each) for each in objects]
+    crops = [_crop(to_pil(IMAGE), each) for each in objects]
     assert [crop.size for crop in crops] == [(20, 20), (24, 16)]
     pixels = classifier.processor.image_processor(images=crops, return_tensors="pt")
     with torch.no_grad():
         seen = classifier.model.get_image_features(**pixels).pooler_output
     expected = [data_color(i) for i in (seen @ colors.T).argmax(dim=1).tolist()]
-    assert classifier(PICTURE, "bench", objects) == expected
+    assert classifier(IMAGE, "bench", objects) == expected
     with torch.no_grad():
         texts = ["a photo of a red clock", "a photo of a red-colored clock", "a photo of a red object"]
         inputs = classifier.processor.tokenizer(texts, padding=True, return_tensors="pt")
@@ -191,7 +191,7 @@ def data_color(number: int) -> str:
 def test_what_surrounds_a_mask_is_gray_and_a_crop_is_never_empty() -> None:
     mask = torch.zeros(32, 48, dtype=torch.bool)
     mask[0, 0] = True
-    picture = to_pil(torch.ones(3, 32, 48))
-    crop = _crop(picture, Detection(0.9, (0, 0, 2, 1), mask))
+    image = to_pil(torch.ones(3, 32, 48))
+    crop = _crop(image, Detection(0.9, (0, 0, 2, 1), mask))
     assert [crop.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), BACKGROUND]
-    assert _crop(picture, Detection(0.9, (5.2, 3.4, 5.3, 3.4))).size == (1, 1)
+    assert _crop(image, Detection(0.9, (5.2, 3.4, 5.3, 3.4))).size == (1, 1)

@@ -229,7 +229,7 @@ def test_the_surest_detections_count() -> None:
 
 
 class Drawer:
-    """Draws pictures whose level is the number of the prompt, or blank ones."""
+    """Draws images whose level is the number of the prompt, or blank ones."""
 
     def __init__(self, level: Callable[[Prompt, int], float]) -> None:
         self.level = level
@@ -252,7 +252,7 @@ def drawer(level: Callable[[Prompt, int], float]) -> Any:  # Any: it keeps the p
 
 
 class Sees:
-    """Finds what the metadata of the prompt with the picture's number asks for; fails on one level."""
+    """Finds what the metadata of the prompt with the image's number asks for; fails on one level."""
 
     thresholds = (0.3, 0.9)
 
@@ -328,7 +328,7 @@ def test_a_category_without_any_score_has_no_mean(official: Any) -> None:
 
 
 class Reader:
-    """Answers as the metadata says of the picture's number, or the opposite; nan for one level."""
+    """Answers as the metadata says of the image's number, or the opposite; nan for one level."""
 
     image_size = None
 
@@ -385,13 +385,13 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_official_layout(tmp_path: Path, rows: list[data.GenEvalRow]) -> None:
-    pictures = {row.prompt.id: [b"first", b"second"] for row in rows}
-    write_layout(tmp_path / "out", rows, pictures)
+    images = {row.prompt.id: [b"first", b"second"] for row in rows}
+    write_layout(tmp_path / "out", rows, images)
     assert (tmp_path / "out/00003/samples/0001.png").read_bytes() == b"second"
     lines = (tmp_path / "out/00003/metadata.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [ROWS[3]]
-    with pytest.raises(InputError, match="prompt geneval/00004 has no picture"):
-        write_layout(tmp_path / "other", rows, {**pictures, "geneval/00004": []})
+    with pytest.raises(InputError, match="prompt geneval/00004 has no image"):
+        write_layout(tmp_path / "other", rows, {**images, "geneval/00004": []})
     assert not (tmp_path / "other").exists()
 
 
@@ -425,5 +425,5 @@ def test_every_published_benchmark_is_listed_with_what_it_needs(capsys: pytest.C
     assert main(["benchmarks"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in (*PUBLISHED, "--detector", "MIT", "2310.11513"))
-    assert "553 prompts, 4 pictures each" in listed
+    assert "553 prompts, 4 images each" in listed
     assert f"{round(553 * 4 * 11.7 / 60)} minutes" in listed

@@ -88,7 +88,7 @@ def test_one_command_writes_the_official_layout(
     }
 
 
-def test_a_layout_needs_pictures_of_all_prompts(
+def test_a_layout_needs_images_of_all_prompts(
     tiny_data: Path, small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["evaluate", str(small_base), "--benchmark", "geneval_vqa", "--data", str(tiny_data), "--num-steps", "2"]
@@ -96,7 +96,7 @@ def test_a_layout_needs_pictures_of_all_prompts(
     assert main(command) == 2
     assert "add --benchmark and --out DIR" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "out"), "--n", "1"]) == 2
-    assert "has no picture (1 of 2 have none): evaluate all prompts first" in capsys.readouterr().err
+    assert "has no image (1 of 2 have none): evaluate all prompts first" in capsys.readouterr().err
     assert not (tmp_path / "layout").exists()
 
 

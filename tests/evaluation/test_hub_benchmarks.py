@@ -134,6 +134,6 @@ def test_benchmarks_without_a_data_set_say_so(capsys: pytest.CaptureFixture[str]
         "NinaKarine/t2i-compbench",
         "Yuwei-Niu/WISE",
         "none stated",
-        "2400 prompts, 10 pictures each, license: MIT",
+        "2400 prompts, 10 images each, license: MIT",
     )
     assert all(word in listed for word in words)

@@ -93,7 +93,7 @@ def test_outputs_are_kept_for_people_to_look_at(policy: Policy, tmp_path: Path) 
     assert json.loads((tmp_path / "generate" / SETTINGS).read_text())["seed"] == 0
 
 
-@pytest.mark.parametrize("which", [1, 2])  # the settings, the first picture
+@pytest.mark.parametrize("which", [1, 2])  # the settings, the first image
 def test_a_full_disk_is_one_line(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
     written: list[Path] = []
 

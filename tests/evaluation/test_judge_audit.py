@@ -54,10 +54,10 @@ def test_right_is_right_and_wrong_is_wrong(cases: list[MinimalPair]) -> None:
     assert successes(answered) == [[1.0, 0.0]] * len(answered)
     for case in cases:
         right, wrong = case.group.trajectories
-        assert right.text != wrong.text or not torch.equal(picture(right.image), picture(wrong.image))
+        assert right.text != wrong.text or not torch.equal(present(right.image), present(wrong.image))
 
 
-def picture(image: Image | None) -> Image:
+def present(image: Image | None) -> Image:
     assert image is not None
     return image
 
@@ -112,7 +112,7 @@ def test_given_groups_can_be_scored_only() -> None:
     group = offline_group(Prompt("r", "reason", ("x",), ("text", "image")), [["7", torch.zeros(3, 8, 8)]])
     (member,) = group.trajectories
     assert member.text == "7"
-    assert picture(member.image).shape == (3, 8, 8)
+    assert present(member.image).shape == (3, 8, 8)
 
 
 def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureF
     ]
     assert main([*arguments, "--json", "all.json"]) == 0
     out = capfd.readouterr().out
-    assert "pictures with one fact corrupted" in out
+    assert "images with one fact corrupted" in out
     rows = json.loads(Path("all.json").read_text())["rows"]
     assert {row["reward"] for row in rows} == {"self_vqa", "edit_consistency", "caption_back", "knowledge", "plain"}
     assert {row["kind"] for row in rows if row["output"] == "text"} == {*UNDERSTAND, "caption"}

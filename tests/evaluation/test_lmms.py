@@ -42,17 +42,17 @@ def policy(small_base: Path) -> Policy:
 def docs(tmp_path: Path) -> list[dict[str, Any]]:
     found = []
     for number, prompt in enumerate(ScenePrompts(split="test").prompts("understand", 4)):
-        picture, question = prompt.parts
-        assert isinstance(picture, torch.Tensor)
+        image, question = prompt.parts
+        assert isinstance(image, torch.Tensor)
         path = tmp_path / f"{number}.png"
-        path.write_bytes(png(picture))
+        path.write_bytes(png(image))
         found.append({"image": path, "question": question, "answer": prompt.answer})
     return found
 
 
 def visual(doc: dict[str, Any]) -> list[Any]:
-    with PilImage.open(doc["image"]) as picture:
-        return [picture.convert("RGB")]
+    with PilImage.open(doc["image"]) as image:
+        return [image.convert("RGB")]
 
 
 def answers(policy: Policy, docs: list[dict[str, Any]], **options: Any) -> Answers:
@@ -128,7 +128,7 @@ def test_drawings_are_files_that_the_json_names(
     assert Path(found["images"][0]).read_bytes() == png(output.image)
 
 
-def test_a_picture_is_drawn_before_the_answer(policy: Policy, docs: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_image_is_drawn_before_the_answer(policy: Policy, docs: list[dict[str, Any]], tmp_path: Path) -> None:
     question = docs[0]["question"]
     context = f"[GEN_PROMPT]two red circles[/GEN_PROMPT] [QUESTION]{question}[/QUESTION]"
     made = answers(policy, docs, output_dir=tmp_path / "out", num_steps=2)
@@ -139,17 +139,17 @@ def test_a_picture_is_drawn_before_the_answer(policy: Policy, docs: list[dict[st
     assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [png(sketch)]
 
 
-def test_pictures_stand_where_the_text_has_places_for_them(policy: Policy, docs: list[dict[str, Any]]) -> None:
+def test_images_stand_where_the_text_has_places_for_them(policy: Policy, docs: list[dict[str, Any]]) -> None:
     made = answers(policy, docs)
-    (picture,) = visual(docs[0])
-    parts = made._parts("first <image> then <image> ?", [[picture], picture])
-    assert ["picture" if isinstance(part, torch.Tensor) else part for part in parts] == [
-        *("first", "picture", "then", "picture", "?")
+    (image,) = visual(docs[0])
+    parts = made._parts("first <image> then <image> ?", [[image], image])
+    assert ["image" if isinstance(part, torch.Tensor) else part for part in parts] == [
+        *("first", "image", "then", "image", "?")
     ]
-    assert [type(part) for part in made._parts(" what ? ", picture)] == [torch.Tensor, str]
-    with pytest.raises(InputError, match="2 times <image> for 1 pictures"):
-        made._parts("<image> <image>", [picture])
-    with pytest.raises(InputError, match="a dict: lvrpo reads pictures alone"):
+    assert [type(part) for part in made._parts(" what ? ", image)] == [torch.Tensor, str]
+    with pytest.raises(InputError, match="2 times <image> for 1 images"):
+        made._parts("<image> <image>", [image])
+    with pytest.raises(InputError, match="a dict: lvrpo reads images alone"):
         made._parts("x", [{"video": "a.mp4"}])
 
 
@@ -197,7 +197,7 @@ def test_answers_are_kept_and_an_interrupted_task_goes_on(
 
     def ask(last: int | None, file: Path | None) -> tuple[Any, int]:
         counted: Any = Counts(policy, last)
-        options = {"mode": mode, "num_steps": 1, "output_dir": tmp_path / "pictures", "answers": file}
+        options = {"mode": mode, "num_steps": 1, "output_dir": tmp_path / "images", "answers": file}
         try:
             return getattr(answers(counted, docs, **options), kind)(requests), counted.calls
         except KeyboardInterrupt:
@@ -212,8 +212,8 @@ def test_answers_are_kept_and_an_interrupted_task_goes_on(
     assert resumed == whole
     assert further <= calls - last + 1  # a sketch is drawn again with its answer
     assert ask(0, file) == (whole, 0)
-    for picture in list(tmp_path.glob("pictures/*"))[:1]:
-        picture.unlink()
+    for image in list(tmp_path.glob("images/*"))[:1]:
+        image.unlink()
         assert ask(None, file)[1] == (kind == "generate_until")
     file.write_text("[]\n")
     with pytest.raises(InputError, match="delete the file"):

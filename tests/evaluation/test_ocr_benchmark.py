@@ -25,7 +25,7 @@ LINES = ('A shop sign that says "Open Late"', "", 'A cake with "Happy" in icing'
 
 
 class Reads:
-    """Reads what the level of the picture stands for."""
+    """Reads what the level of the image stands for."""
 
     def __call__(self, image: Image) -> str:
         return {0: "", 1: "Open late", 2: "HAPPY", 3: "Hoppy"}[round(float(image.mean()) * 4)]

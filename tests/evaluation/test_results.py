@@ -51,7 +51,7 @@ def test_two_policies_by_hand() -> None:
     assert found["pass_at_k"]["1"]["detectable"] is not None
 
 
-def test_prompts_that_share_a_picture_are_resampled_together() -> None:
+def test_prompts_that_share_a_image_are_resampled_together() -> None:
     before, after = drawings([[0, 0]] * 8), drawings([[1, 1]] * 4 + [[0, 0]] * 4)
     alone = compare(before, after)["pass_at_k"]["1"]
     before, after = ([replace(row, cluster="pq"[i // 4]) for i, row in enumerate(rows)] for rows in (before, after))

@@ -242,7 +242,7 @@ def traits(P: int, G: int, tokens: float = NAN, gray: float = NAN) -> np.ndarray
 
 
 def test_drift_by_hand() -> None:
-    """Ten steps of three groups: parts are steps 1 to 2, ..., 9 to 10; pictures grow brighter by .01 a step."""
+    """Ten steps of three groups: parts are steps 1 to 2, ..., 9 to 10; images grow brighter by .01 a step."""
     scores = [[[0, 0], [1, 1]]] * 3
     rows = [
         record(s, scores, traits=traits(3, 2, gray=0.01 * s), picture_diversity=np.float32([0.1, 0.2, 0.3]) / s)

@@ -85,11 +85,11 @@ def test_categories_are_apart() -> None:
     assert found.whole.auc.score == pytest.approx(2 / 3)
 
 
-def test_groups_that_share_a_picture_are_resampled_together() -> None:
+def test_groups_that_share_a_image_are_resampled_together() -> None:
     scores, success = [[1, 2]] * 20 + [[2, 1]] * 20, [[0, 1]] * 40
     apart = validity(scores, success).whole.auc
-    pictures = ["a"] * 20 + ["b"] * 20
-    together = validity(scores, success, clusters=pictures).whole.auc
+    images = ["a"] * 20 + ["b"] * 20
+    together = validity(scores, success, clusters=images).whole.auc
     assert apart.score == together.score == 0.5
     assert (together.low, together.high) == (0, 1)
     assert apart.high - apart.low < 0.35

@@ -20,10 +20,10 @@ from lvrpo.types import Group, Prompt
 
 
 def answered(answers: Sequence[str], given: str, shade: float) -> list[Group]:
-    """Rows 0, 1, ... of one file, with a picture of one shade."""
-    picture = torch.full((3, 4, 4), shade)
+    """Rows 0, 1, ... of one file, with an image of one shade."""
+    image = torch.full((3, 4, 4), shade)
     return [
-        offline_group(Prompt(str(i), "understand", (picture, "what color is it ?"), ("text",), answer), [(given,)])
+        offline_group(Prompt(str(i), "understand", (image, "what color is it ?"), ("text",), answer), [(given,)])
         for i, answer in enumerate(answers)
     ]
 
@@ -52,7 +52,7 @@ def test_rows_of_two_files_with_the_same_ids_are_shown_each_with_its_own_score(t
     assert (sections.judged, sections.answers.total, sections.still_wrong.total) == (3, 3, 2)
 
 
-def test_the_picture_beside_a_question_is_its_own_in_whatever_order_the_prompts_are_sampled(tmp_path: Path) -> None:
+def test_the_image_beside_a_question_is_its_own_in_whatever_order_the_prompts_are_sampled(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     shown = [(name, group) for name, shade in (("a", 0.0), ("b", 1.0)) for group in answered(["red"], "red", shade)]
     for phase, order in (("before", shown), ("step_000010", shown[::-1]), ("after", shown[1:])):

@@ -123,7 +123,7 @@ def test_an_evaluation_is_repeatable_and_does_not_depend_on_its_size(policy: Pol
         assert one.scored[name].scores == two.scored[name].scores[: len(one.scored[name].ids)]
 
 
-def test_questions_about_one_picture_are_one_cluster() -> None:
+def test_questions_about_one_image_are_one_cluster() -> None:
     clusters = [cluster_of(p) for p in held_out_prompts("understand", 12)]
     assert [clusters[i] == clusters[0] for i in range(12)] == [True] * 4 + [False] * 8
     prompt = held_out_prompts("generate", 1)[0]
@@ -189,14 +189,14 @@ def test_an_evaluation_survives_json(policy: Policy) -> None:
     assert json.dumps(again.results()) == json.dumps(one.results())  # nan of a single cluster is nan again
 
 
-def test_only_the_pictures_that_are_kept_stay_in_memory(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_images_that_are_kept_stay_in_memory(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
     sample = policy.sample
 
     def counted(*asked: Any) -> list[Group]:
         gc.collect()
-        alive.append(sum(picture() is not None for picture in drawn))
+        alive.append(sum(image() is not None for image in drawn))
         groups = sample(*asked)
         drawn.extend(weakref.ref(t.image) for group in groups for t in group.trajectories if t.image is not None)
         return groups

@@ -60,7 +60,7 @@ class Draws:
 
 
 class Reads:
-    """Gives the right answer .9 of a bright picture, .05 of a dark one; every other answer .05."""
+    """Gives the right answer .9 of a bright image, .05 of a dark one; every other answer .05."""
 
     image_size = None
     right = ("yes", "two")

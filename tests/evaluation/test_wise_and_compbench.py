@@ -80,7 +80,7 @@ class Draws:
 
 
 class Reads:
-    """Finds the best of a bright picture and the worst of a dark one nearly sure."""
+    """Finds the best of a bright image and the worst of a dark one nearly sure."""
 
     image_size = None
     counts: ClassVar = {"bananas": "one", "bicycles": "two", "fish": "six"}
@@ -162,7 +162,7 @@ def test_an_answer_is_read(said: str) -> None:
         "Here you are:\n" + GOOD,
         GOOD + "\nI hope this helps.",
         "Consistency: 2, Realism: 1, Aesthetic Quality: 0",
-        "I cannot rate this picture.",
+        "I cannot rate this image.",
         "Score: 1",
     ],
 )
@@ -192,7 +192,7 @@ def test_a_perfect_and_a_blank_model_before_an_endpoint(
     for best, score in ((True, 1.0), (False, 0.0)):
 
         def said(self: Any, words: str, best: bool = best) -> str:
-            if "Rate the picture" in words:
+            if "Rate the image" in words:
                 top = "1" if "<0 or 1>" in words else "2"
                 form = words[words.rindex("nothing else:") + 13 :]
                 return form.replace("<0, 1 or 2>", top if best else "0").replace("<0 or 1>", top if best else "0")
@@ -208,7 +208,7 @@ def test_a_perfect_and_a_blank_model_before_an_endpoint(
 def test_one_chatty_answer_masks_its_prompt_alone(data: Path, endpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(self: Any, words: str) -> Any:
         if "Prompt: space 568" in words:
-            return "A nice picture. " + GOOD
+            return "A nice image. " + GOOD
         assert "Explanation: means" in words
         return NoAnswer("HTTP 429 (5 tries)") if "Prompt: time 401" in words else GOOD
 

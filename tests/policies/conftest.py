@@ -32,27 +32,27 @@ def make_policy(seed: int = 0, **transformer: Any) -> TinyPolicy:
     return policy
 
 
-def make_picture(seed: int) -> Image:
+def make_image(seed: int) -> Image:
     return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def make_prompts() -> list[Prompt]:
-    """Eight prompts of all four tasks, of different lengths; two of them ask about one picture."""
-    shared = make_picture(1)
+    """Eight prompts of all four tasks, of different lengths; two of them ask about one image."""
+    shared = make_image(1)
     return [
         Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
         Prompt("u1", "understand", (shared, "is it a red circle"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2), "is it blue"), ("text",)),
+        Prompt("u2", "understand", (make_image(2), "is it blue"), ("text",)),
         Prompt("g0", "generate", ("a red circle",), ("image",)),
         Prompt("g1", "generate", ("draw two blue square",), ("image",)),
-        Prompt("e0", "edit", (make_picture(3), "make it red"), ("image",)),
+        Prompt("e0", "edit", (make_image(3), "make it red"), ("image",)),
         Prompt("r0", "reason", ("draw one",), ("text", "image")),
-        Prompt("r1", "reason", (make_picture(4), "draw what it is"), ("text", "image")),
+        Prompt("r1", "reason", (make_image(4), "draw what it is"), ("text", "image")),
     ]
 
 
 Item = str | tuple[str, Any]
-"""A text, or ("read" | "clean", picture), or ("noise", (x_t (N, C), t))."""
+"""A text, or ("read" | "clean", image), or ("noise", (x_t (N, C), t))."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def new_policy() -> Callable[..., TinyPolicy]:
 
 
 @pytest.fixture
-def picture() -> Callable[[int], Image]:
-    return make_picture
+def image() -> Callable[[int], Image]:
+    return make_image
 
 
 @pytest.fixture

@@ -46,11 +46,11 @@ def by_hand_logprobs(policy: TinyPolicy, row: Any, words: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=["relu2", "swiglu-bias-mqa", "full-heads"])
 def test_cached_prefill_and_extension_equal_one_uncached_pass(
-    variant: dict[str, Any], new_policy: Callable[..., TinyPolicy], whole_row: Callable[..., Any], picture: Any
+    variant: dict[str, Any], new_policy: Callable[..., TinyPolicy], whole_row: Callable[..., Any], image: Any
 ) -> None:
     policy = new_policy(3, **variant)
     x_t, t = noise(policy, 1)
-    source = picture(1)
+    source = image(1)
     context = ["draw a circle", ("clean", source), ("read", source), "make it blue"]
     cache = policy.runner.prefill([policy.runner.row(("draw a circle", source, "make it blue"), draws=True)])
 
@@ -65,9 +65,9 @@ def test_cached_prefill_and_extension_equal_one_uncached_pass(
     assert logprobs.std() > 0.1
 
 
-def test_token_by_token_equals_one_pass(policy: TinyPolicy, picture: Any) -> None:
+def test_token_by_token_equals_one_pass(policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
-    start = runner.prefill([runner.row((picture(1), "what is it"), draws=False)])
+    start = runner.prefill([runner.row((image(1), "what is it"), draws=False)])
     (whole,) = text_logprobs(policy, start, ["a red circle"])
     tokens = text(policy, "a red circle").tokens
     stepped, feed = [], policy.tokenizer.bos_id
@@ -80,22 +80,22 @@ def test_token_by_token_equals_one_pass(policy: TinyPolicy, picture: Any) -> Non
     torch.testing.assert_close(torch.stack(stepped), whole, rtol=1e-5, atol=1e-5)
 
 
-def mixed_parts(picture: Callable[[int], Image]) -> list[Parts]:
-    shared = picture(5)
+def mixed_parts(image: Callable[[int], Image]) -> list[Parts]:
+    shared = image(5)
     return [
         ("draw",),
         (shared, "make it red"),
         (),
-        (picture(6), picture(7), "what is it"),
+        (image(6), image(7), "what is it"),
         (shared, "make it a blue square"),
-        ("a circle", picture(8)),
+        ("a circle", image(8)),
     ]
 
 
 @pytest.mark.parametrize("draws", [True, False])
-def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy, picture: Any) -> None:
+def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
-    rows = [runner.row(parts, draws) for parts in mixed_parts(picture)]
+    rows = [runner.row(parts, draws) for parts in mixed_parts(image)]
     x_t, t = noise(policy, len(rows))
     answers = ["red", "a blue circle", "it", "two", "one two three", "square"]
 
@@ -121,9 +121,9 @@ def test_a_cache_keeps_its_keys_and_values_alone(new_policy: Callable[..., TinyP
     assert sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) == part.nbytes
 
 
-def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, picture: Any) -> None:
+def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
-    shared = picture(1)
+    shared = image(1)
     parts: list[Parts] = [(shared, "is it red"), ("draw",), (shared, "is it red"), (shared, "is it blue"), ("draw",)]
     rows = [runner.row(p, draws=True) for p in parts]
     cache, index = runner.prefill_shared(rows)
@@ -136,9 +136,9 @@ def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, picture: An
         torch.testing.assert_close(v[i], alone[0], rtol=1e-6, atol=1e-5)
 
 
-def test_flow_steps_leave_the_context_alone(policy: TinyPolicy, picture: Any) -> None:
+def test_flow_steps_leave_the_context_alone(policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
-    cache = runner.prefill([runner.row((picture(1), "make it red"), draws=True)])
+    cache = runner.prefill([runner.row((image(1), "make it red"), draws=True)])
     depth = range(policy.transformer.config.depth)
     before = [t.clone() for t in (*(t for i in depth for t in cache.layer(i)), cache.rope)]
     x_t, t = noise(policy, 1)
@@ -149,21 +149,21 @@ def test_flow_steps_leave_the_context_alone(policy: TinyPolicy, picture: Any) ->
         assert torch.equal(old, now)
 
 
-def test_every_part_of_the_context_is_used(policy: TinyPolicy, picture: Any) -> None:
+def test_every_part_of_the_context_is_used(policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
     x_t, t = noise(policy, 1)
 
     def v(*parts: Any, draws: bool = True) -> torch.Tensor:
         return flow_sampler.velocity(runner, runner.prefill([runner.row(parts, draws)]), x_t, t)
 
-    base = v(picture(1), "make it red")
+    base = v(image(1), "make it red")
     for other in (
-        v(picture(2), "make it red"),
-        v(picture(1), "make it blue"),
-        v(picture(1)),
+        v(image(2), "make it red"),
+        v(image(1), "make it blue"),
+        v(image(1)),
         v("make it red"),
-        v(picture(1), "make it red", draws=False),
-        v("make it red", picture(1)),
+        v(image(1), "make it red", draws=False),
+        v("make it red", image(1)),
     ):
         assert (other - base).abs().max() > 1e-3
 
@@ -177,11 +177,11 @@ def gradients(policy: TinyPolicy, loss: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def test_gradient_through_a_shared_prefill_is_the_sum_of_separate_ones(
-    new_policy: Callable[..., TinyPolicy], picture: Any
+    new_policy: Callable[..., TinyPolicy], image: Any
 ) -> None:
     policy = new_policy()
     runner = policy.runner
-    shared = picture(1)
+    shared = image(1)
     parts: list[Parts] = [(shared, "is it red"), (shared, "is it red"), (shared, "what is it")]
     answers = ["red", "a circle", "red"]
     x_t, t = noise(policy, len(parts))
@@ -216,10 +216,10 @@ def test_gradient_through_a_shared_prefill_is_the_sum_of_separate_ones(
     ],
 )
 def test_contexts_of_guidance(
-    parts: Sequence[str], no_text: Sequence[str], no_images: Sequence[str], policy: TinyPolicy, picture: Any
+    parts: Sequence[str], no_text: Sequence[str], no_images: Sequence[str], policy: TinyPolicy, image: Any
 ) -> None:
     runner = policy.runner
-    content = {"T": "a red circle", "S": "draw", "I": picture(1)}
+    content = {"T": "a red circle", "S": "draw", "I": image(1)}
 
     def row(letters: Sequence[str]) -> Row:
         return runner.row([content[letter] for letter in letters], draws=True)
@@ -231,10 +231,10 @@ def test_contexts_of_guidance(
     assert keys(runner.without_images(row(parts))) == keys(row(no_images))
 
 
-def test_a_picture_condition_comes_with_both_sides_drawing_side_first(policy: TinyPolicy, picture: Any) -> None:
+def test_a_image_condition_comes_with_both_sides_drawing_side_first(policy: TinyPolicy, image: Any) -> None:
     runner: ModelRunner = policy.runner
-    assert [piece.span.kind for piece in runner.row((picture(1), "it"), draws=True)] == ["clean", "read", "text"]
-    assert [piece.span.kind for piece in runner.row((picture(1), "it"), draws=False)] == ["read", "text"]
-    cache = runner.prefill([runner.row((picture(1), "it"), draws=True), runner.row(("it",), draws=True)])
+    assert [piece.span.kind for piece in runner.row((image(1), "it"), draws=True)] == ["clean", "read", "text"]
+    assert [piece.span.kind for piece in runner.row((image(1), "it"), draws=False)] == ["read", "text"]
+    cache = runner.prefill([runner.row((image(1), "it"), draws=True), runner.row(("it",), draws=True)])
     assert cache.rope.tolist() == [2 + 3, 3]
     assert cache.lengths == [6 + 6 + 3, 3]

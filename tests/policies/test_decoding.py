@@ -23,9 +23,9 @@ CHANGES = ([0, 0, 1, 2, 2, 2], [5, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [1, 2, 4]
 """Rows after every step: repeated, reordered, kept, dropped."""
 
 
-def contexts_of(policy: TinyPolicy, picture: Any, padded: bool) -> Cache:
+def contexts_of(policy: TinyPolicy, image: Any, padded: bool) -> Cache:
     """Three contexts in two parts, of different lengths where they are padded."""
-    shared = picture(1)
+    shared = image(1)
     ends = ("what is it", "it", "is it a red circle") if padded else ("is it red", "is it blue", "it is two")
     rows = [policy.runner.row((shared, end), draws=False) for end in ends]
     cache = policy.runner.prefill(rows)
@@ -41,12 +41,12 @@ def single_tokens(ids: Sequence[int]) -> list[Row]:
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_have_the_bits_of_the_general_pass(
-    padded: bool, key_heads: int, dtype: torch.dtype, new_policy: Callable[..., TinyPolicy], picture: Any
+    padded: bool, key_heads: int, dtype: torch.dtype, new_policy: Callable[..., TinyPolicy], image: Any
 ) -> None:
     policy = new_policy(3, key_heads=key_heads)
     policy.set_compute_dtype(dtype)
     with torch.no_grad(), policy.autocast():
-        cache = contexts_of(policy, picture, padded)
+        cache = contexts_of(policy, image, padded)
         decoder = Decoder(policy.transformer, cache, len(CHANGES))
         for step, rows in enumerate(CHANGES):
             ids = [(7 * step + 3 * r) % 14 + 4 for r in range(len(cache.rope))]
@@ -67,9 +67,9 @@ def test_steps_after_nothing(policy: TinyPolicy) -> None:
         cache = hidden.cache
 
 
-def test_members_written_in_parts(policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_written_in_parts(policy: TinyPolicy, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
-        cache = contexts_of(policy, picture, padded=True)
+        cache = contexts_of(policy, image, padded=True)
     owner = [0, 0, 2, 2, 1, 1, 1, 0]
     uniforms = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
     whole = generate.generate_text(policy.runner, cache, owner, uniforms, 1.0)
@@ -80,9 +80,9 @@ def test_members_written_in_parts(policy: TinyPolicy, picture: Any, monkeypatch:
     assert len(set(whole)) > 4
 
 
-def test_texts_do_not_depend_on_how_often_tokens_are_fetched(policy: TinyPolicy, picture: Any) -> None:
+def test_texts_do_not_depend_on_how_often_tokens_are_fetched(policy: TinyPolicy, image: Any) -> None:
     with torch.no_grad():
-        cache = contexts_of(policy, picture, padded=True)
+        cache = contexts_of(policy, image, padded=True)
     owner, uniforms = [0, 2, 2, 1, 1, 1, 0], torch.rand(7, 9, generator=torch.Generator().manual_seed(1))
     embed, bos = policy.encoders.embed_tokens, torch.full((3,), policy.tokenizer.bos_id)
     found, steps = [], []
@@ -128,12 +128,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_makes_no_index_and_copies_no_context(new_policy: Callable[..., TinyPolicy], picture: Any) -> None:
+def test_a_step_makes_no_index_and_copies_no_context(new_policy: Callable[..., TinyPolicy], image: Any) -> None:
     counts = []
     for depth in (2, 5):
         policy = new_policy(depth=depth)
         with torch.no_grad():
-            decoder = Decoder(policy.transformer, contexts_of(policy, picture, padded=True), 4)
+            decoder = Decoder(policy.transformer, contexts_of(policy, image, padded=True), 4)
         x = policy.encoders.embed_tokens(torch.tensor([4, 5, 6])).detach()
         decoder.step(x)
         with Counted() as counted:
@@ -158,11 +158,11 @@ def test_folded_attention_is_attention(rows: int) -> None:
     torch.testing.assert_close(folded_attention(q, k, v, mask), attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_spans_are_attended_as_under_a_mask(policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_are_attended_as_under_a_mask(policy: TinyPolicy, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[type] = []
 
     def logprobs() -> list[torch.Tensor]:
-        shared = picture(1)
+        shared = image(1)
         rows = [policy.runner.row((shared, end), draws=True) for end in ("is it red", "it", "is it blue", "two")]
         cache, owner = policy.runner.prefill_shared([*rows, rows[0]])
         ids = policy.tokenizer.encode("a red circle")

@@ -21,9 +21,9 @@ from lvrpo.types import Example, Parts, Prompt
 
 
 def test_text_logprob_is_the_mean_of_token_log_softmaxes(
-    policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any
+    policy: TinyPolicy, whole_row: Callable[..., Any], image: Any
 ) -> None:
-    source, answer = picture(1), "a red circle"
+    source, answer = image(1), "a red circle"
     row = whole_row(policy, [("read", source), "what is it", answer])
     ids = [*policy.tokenizer.encode(answer), policy.tokenizer.eos_id]
     logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.tokenizer.suppressed_tokens(), -torch.inf)
@@ -34,8 +34,8 @@ def test_text_logprob_is_the_mean_of_token_log_softmaxes(
     assert not scored.requires_grad
 
 
-def test_sharing_a_picture_among_questions_changes_nothing(policy: TinyPolicy, picture: Any) -> None:
-    source = picture(1)
+def test_sharing_a_image_among_questions_changes_nothing(policy: TinyPolicy, image: Any) -> None:
+    source = image(1)
     questions = ["what color is it", "is it a circle", "what color is it", "is it a circle"]
     answers = ["red", "a", "blue", "a"]
     shared = policy.text_logprob([(source, q) for q in questions], answers)
@@ -47,12 +47,12 @@ def test_sharing_a_picture_among_questions_changes_nothing(policy: TinyPolicy, p
     assert shared[0] != shared[2]
 
 
-def test_comparisons_share_the_picture_that_they_begin_with(
-    policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+def test_comparisons_share_the_image_that_they_begin_with(
+    policy: TinyPolicy, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six ordered pairs of three pictures: three first ones are read, then six second ones."""
-    pictures = [picture(i) for i in range(3)]
-    contexts = [(a, b, "is it a circle") for a in pictures for b in pictures if a is not b]
+    """Six ordered pairs of three images: three first ones are read, then six second ones."""
+    images = [image(i) for i in range(3)]
+    contexts = [(a, b, "is it a circle") for a in images for b in images if a is not b]
     alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
     read: list[int] = []
     run = ModelRunner.run
@@ -68,10 +68,10 @@ def test_comparisons_share_the_picture_that_they_begin_with(
 
 
 def test_edits_that_are_compared_share_their_source_and_the_first_result(
-    policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+    policy: TinyPolicy, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two sources with two ordered pairs each, and an image's pair: nothing is read twice, nothing is padded."""
-    sources, results = [picture(i) for i in range(2)], [picture(i) for i in range(2, 5)]
+    sources, results = [image(i) for i in range(2)], [image(i) for i in range(2, 5)]
     contexts: list[Parts] = [(s, results[0], other, "is it a circle") for s in sources for other in results[1:]]
     contexts.append((results[0], results[1], "is it a circle"))
     alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
@@ -90,12 +90,12 @@ def test_edits_that_are_compared_share_their_source_and_the_first_result(
 
 @pytest.mark.parametrize("cells", [1 << 24, 0], ids=["under one mask", "span by span"])
 def test_texts_after_one_context_do_not_see_each_other(
-    cells: int, policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+    cells: int, policy: TinyPolicy, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few are options of one row, many continue a context that is kept; both as if each were alone."""
     monkeypatch.setattr("lvrpo.policies.mot.attention.MASK_CELLS", cells)
     forget_packings()
-    few, many = (picture(1), "is it a red circle"), (picture(1), "it")
+    few, many = (image(1), "is it a red circle"), (image(1), "it")
     texts = [(few, "red"), (many, "a red circle"), (few, "a"), (many, "it is a"), (few, "red"), (("it",), "a circle")]
     alone = torch.stack([policy.text_logprob([context], [text])[0] for context, text in texts])
     together = policy.text_logprob([context for context, _ in texts], [text for _, text in texts])
@@ -103,18 +103,18 @@ def test_texts_after_one_context_do_not_see_each_other(
     forget_packings()
 
 
-def test_the_outputs_asked_for_are_those_of_all(policy: TinyPolicy, picture: Any) -> None:
+def test_the_outputs_asked_for_are_those_of_all(policy: TinyPolicy, image: Any) -> None:
     runner = policy.runner
-    rows = [runner.row((picture(1), "is it"), draws=False), runner.row(("a red circle",), draws=False)]
+    rows = [runner.row((image(1), "is it"), draws=False), runner.row(("a red circle",), draws=False)]
     whole = runner.run(rows, policy.transformer.empty_cache(2))
     some = runner.run(rows, policy.transformer.empty_cache(2), outputs=torch.tensor([2, 5, 7]))
     torch.testing.assert_close(some.understanding, whole.understanding[[2, 5, 7]], rtol=1e-6, atol=1e-6)
     assert torch.equal(some.cache.layer(1)[0], whole.cache.layer(1)[0])
 
 
-def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) -> None:
+def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, image: Any) -> None:
     with pytest.raises(InputError, match=r"'circlle'.*did you mean 'circle'\?"):
-        policy.text_logprob([(picture(1), "is it")], ["a circlle"])
+        policy.text_logprob([(image(1), "is it")], ["a circlle"])
 
 
 def by_hand(
@@ -134,12 +134,12 @@ def by_hand(
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_image_logprob_is_the_weighted_flow_loss_under_the_noise_of_the_row(
-    draws: int, policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any
+    draws: int, policy: TinyPolicy, whole_row: Callable[..., Any], image: Any
 ) -> None:
-    source, target = picture(1), picture(2)
+    source, target = image(1), image(2)
     contexts: list[Parts] = [("a red circle",), (source, "make it red"), ("a red circle",), ()]
     rows = [["a red circle"], [("clean", source), ("read", source), "make it red"], ["a red circle"], []]
-    images, seeds = [target, picture(3), target, target], [9, 9, 9, 4]
+    images, seeds = [target, image(3), target, target], [9, 9, 9, 4]
     scored = policy.image_logprob(contexts, images, draws, seeds)
     assert scored.shape == (4, draws)
     for i, row in enumerate(rows):
@@ -152,15 +152,15 @@ def test_image_logprob_is_the_weighted_flow_loss_under_the_noise_of_the_row(
     assert (scored - other_seeds).abs().min() > 0
 
 
-def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, picture: Any, monkeypatch: Any) -> None:
-    pictures = [picture(i) for i in range(5)]
+def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, image: Any, monkeypatch: Any) -> None:
+    images = [image(i) for i in range(5)]
     contexts, seeds = [("a red circle",), ("a",), ("a red circle",), (), ()], [1, 2, 1, 3, 3]
-    together = policy.image_logprob(contexts, pictures, 2, seeds)
+    together = policy.image_logprob(contexts, images, 2, seeds)
     monkeypatch.setattr("lvrpo.policies.mot.model_runner.MAX_ROWS", 2)
-    torch.testing.assert_close(policy.image_logprob(contexts, pictures, 2, seeds), together, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(policy.image_logprob(contexts, images, 2, seeds), together, rtol=1e-5, atol=1e-4)
 
 
-def test_a_picture_of_another_size_is_refused(policy: TinyPolicy) -> None:
+def test_a_image_of_another_size_is_refused(policy: TinyPolicy) -> None:
     with pytest.raises(InputError, match=r"\(3, 8, 8\).*reads \(3, 16, 16\)"):
         policy.image_logprob([("a",)], [torch.zeros(3, 8, 8)], 1, [0])
 

@@ -81,7 +81,7 @@ ASK_READER = ("self_vqa", "caption_back", "agreement", "semantic")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pictures_alone() -> Iterator[None]:
+def images_alone() -> Iterator[None]:
     """See ``without_videos``."""
     with without_videos():
         yield

@@ -44,7 +44,7 @@ ONE = "data.prompts_per_step={generate: %d, understand: %d, edit: 0, reason: 0}"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pictures_alone() -> Iterator[None]:
+def images_alone() -> Iterator[None]:
     """See ``without_videos``."""
     with without_videos():
         yield

@@ -60,7 +60,7 @@ PEFT_READS = ("janus", "emu3", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pictures_alone() -> Iterator[None]:
+def images_alone() -> Iterator[None]:
     """See ``without_videos``."""
     with without_videos():
         yield
@@ -181,7 +181,7 @@ def published_layers(file: Path) -> torch.nn.Module:
 
 
 NO_EDITS = ("data.prompts_per_step.edit=1", "edit=1: policy=.* does understand, generate, reason alone")
-NO_DRAWING = "reads pictures and does not draw them"
+NO_DRAWING = "reads images and does not draw them"
 REFUSED: list[tuple[str, str, str]] = [
     ("janus", *NO_EDITS),
     ("janus", "rollout.num_steps=4", "rollout.num_steps=4: applies to flow and masked"),
@@ -208,12 +208,12 @@ REFUSED: list[tuple[str, str, str]] = [
     (
         "qwen3_vl",
         "data={scenes: {weights: {}}, prompts_per_step: {generate: 0, understand: 2, edit: 0, reason: 9}}",
-        f"reason=9: prompt .* asks for a picture, and policy=.* {NO_DRAWING}: set data.sc",
+        f"reason=9: prompt .* asks for an image, and policy=.* {NO_DRAWING}: set data.sc",
     ),
     (
         "qwen3_vl",
         "rewards=[{name: exact_answer}, {name: self_vqa}]",
-        f"rewards.self_vqa: scores pictures that are drawn, and policy=.* {NO_DRAWING}",
+        f"rewards.self_vqa: scores images that are drawn, and policy=.* {NO_DRAWING}",
     ),
     ("qwen3_vl", "adapter={modules: [time]}", "no time of understand or generate: the model has attention "),
     ("qwen3_vl", "rollout.guidance_scale=3", "rollout.guidance_scale=3.0: applies to"),
@@ -303,8 +303,8 @@ FAILS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_commands_work_on_a_folder(name: str, family: Family, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    picture = next(part for part in ScenePrompts().prompt("understand", 0).parts if not isinstance(part, str))
-    Path("p.png").write_bytes(png(picture))
+    image = next(part for part in ScenePrompts().prompt("understand", 0).parts if not isinstance(part, str))
+    Path("p.png").write_bytes(png(image))
     for command, *options in WORKS[name]:
         assert main([command, str(folder), *options]) == 0, (command, options)
     assert Path("drawn/00000.png").is_file() == (name != "qwen3_vl")

@@ -14,18 +14,18 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def examples(picture: Any) -> list[Example]:
+def examples(image: Any) -> list[Example]:
     return [
-        Example(Prompt("u", "understand", (picture(1), "what color is it"), ("text",)), ("red",)),
-        Example(Prompt("g", "generate", ("a blue circle",), ("image",)), (picture(2),)),
-        Example(Prompt("e", "edit", (picture(3), "make it red"), ("image",)), (picture(4),)),
-        Example(Prompt("r", "reason", ("draw one",), ("text", "image")), ("one", picture(5))),
-        Example(Prompt("n", "generate", (), ("image",)), (picture(6),)),
+        Example(Prompt("u", "understand", (image(1), "what color is it"), ("text",)), ("red",)),
+        Example(Prompt("g", "generate", ("a blue circle",), ("image",)), (image(2),)),
+        Example(Prompt("e", "edit", (image(3), "make it red"), ("image",)), (image(4),)),
+        Example(Prompt("r", "reason", ("draw one",), ("text", "image")), ("one", image(5))),
+        Example(Prompt("n", "generate", (), ("image",)), (image(6),)),
     ]
 
 
-def test_text_loss_by_hand(policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any) -> None:
-    source = picture(1)
+def test_text_loss_by_hand(policy: TinyPolicy, whole_row: Callable[..., Any], image: Any) -> None:
+    source = image(1)
     rows = [
         Example(Prompt("0", "understand", (source, "what is it"), ("text",)), ("a red circle",)),
         Example(Prompt("1", "understand", (source, "is it red"), ("text",)), ("it",)),
@@ -43,12 +43,12 @@ def test_text_loss_by_hand(policy: TinyPolicy, whole_row: Callable[..., Any], pi
 
 
 @pytest.mark.parametrize("which", ["generate", "edit", "thought", "no condition"])
-def test_image_loss_by_hand(which: str, policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any) -> None:
+def test_image_loss_by_hand(which: str, policy: TinyPolicy, whole_row: Callable[..., Any], image: Any) -> None:
     """Times and noise are recovered from the generator: the loss is linear in neither."""
-    batch = examples(picture)
+    batch = examples(image)
     example, context = {
         "generate": (batch[1], ["a blue circle"]),
-        "edit": (batch[2], [("clean", picture(3)), ("read", picture(3)), "make it red"]),
+        "edit": (batch[2], [("clean", image(3)), ("read", image(3)), "make it red"]),
         "thought": (batch[3], ["draw one", "one"]),
         "no condition": (batch[4], []),
     }[which]
@@ -74,8 +74,8 @@ def test_image_loss_by_hand(which: str, policy: TinyPolicy, whole_row: Callable[
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_loss_of_a_mixed_batch_is_that_of_its_parts(policy: TinyPolicy, picture: Any) -> None:
-    batch = examples(picture)
+def test_the_loss_of_a_mixed_batch_is_that_of_its_parts(policy: TinyPolicy, image: Any) -> None:
+    batch = examples(image)
     texts = [float(policy.supervised_losses([batch[i]], generator())["text"].detach()) for i in (0, 3)]
     both = policy.supervised_losses(batch, generator())
     assert float(both["text"].detach()) == pytest.approx(sum(texts) / 2, rel=1e-5)
@@ -85,9 +85,9 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_parts(policy: TinyPolicy, pict
     assert float(both["image"].detach()) != float(other["image"].detach())
 
 
-def test_gradient_reaches_every_parameter(new_policy: Callable[..., TinyPolicy], picture: Any) -> None:
+def test_gradient_reaches_every_parameter(new_policy: Callable[..., TinyPolicy], image: Any) -> None:
     policy = new_policy(0, mlp="swiglu", attention_bias=True)
-    sum(policy.supervised_losses(examples(picture), generator()).values()).backward()  # type: ignore[union-attr]
+    sum(policy.supervised_losses(examples(image), generator()).values()).backward()  # type: ignore[union-attr]
     without = {name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()}
     assert without == set()
     table = policy.encoders.embed_tokens_table.weight.grad
@@ -102,9 +102,9 @@ def test_gradient_reaches_every_parameter(new_policy: Callable[..., TinyPolicy],
     assert set(table.any(dim=1).nonzero()[:, 0].tolist()) == used
 
 
-def test_each_side_learns_from_its_own_loss(new_policy: Callable[..., TinyPolicy], picture: Any) -> None:
+def test_each_side_learns_from_its_own_loss(new_policy: Callable[..., TinyPolicy], image: Any) -> None:
     policy = new_policy()
-    batch = examples(picture)
+    batch = examples(image)
     groups = policy.parameter_groups()
     assert {id(p) for ps in groups.values() for p in ps} == {id(p) for p in policy.parameters()}
     assert sum(len(ps) for ps in groups.values()) == len(list(policy.parameters()))
@@ -117,8 +117,8 @@ def test_each_side_learns_from_its_own_loss(new_policy: Callable[..., TinyPolicy
     assert all(p.grad is not None and p.grad.any() for p in groups["generate"])
 
 
-def test_a_fresh_policy_is_uniform_over_the_words_it_may_write(picture: Any) -> None:
+def test_a_fresh_policy_is_uniform_over_the_words_it_may_write(image: Any) -> None:
     fresh = TinyPolicy.from_vocabulary(TinyConfig(image_size=16, tower_width=24), ("is", "it", "red"))
-    example = Example(Prompt("u", "understand", (picture(1), "is it"), ("text",)), ("red",))
+    example = Example(Prompt("u", "understand", (image(1), "is it"), ("text",)), ("red",))
     loss = fresh.supervised_losses([example], generator())["text"]
     assert float(loss.detach()) == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)

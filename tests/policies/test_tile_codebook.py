@@ -28,18 +28,18 @@ def flat(*levels: float) -> torch.Tensor:
     return torch.tensor(levels)[:, None, None, None].expand(-1, 3, 2, 2).clone()
 
 
-def picture(*levels: float) -> Image:
+def image(*levels: float) -> Image:
     """4 x 4 pixels of four flat tiles, in raster order."""
     return TileCodebook(flat(*levels)).decode(torch.arange(4)[None])[0]
 
 
 def test_codes_are_the_nearest_tiles_in_raster_order() -> None:
-    shown = picture(0.0, 0.25, 0.5, 1.0)
+    shown = image(0.0, 0.25, 0.5, 1.0)
     assert shown[:, :2, :2].eq(0).all()
     assert shown[:, :2, 2:].eq(0.25).all()
     assert shown[:, 2:, :2].eq(0.5).all()
     codebook = TileCodebook(flat(1.0, 0.1, 0.4))
-    codes = codebook.encode([shown, picture(1.0, 1.0, 0.0, 0.3)])
+    codes = codebook.encode([shown, image(1.0, 1.0, 0.0, 0.3)])
     assert codes.tolist() == [[1, 1, 2, 0], [0, 0, 1, 2]] or codes.tolist() == [[1, 2, 2, 0], [0, 0, 1, 2]]
     wide = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     own = TileCodebook(wide)
@@ -49,12 +49,12 @@ def test_codes_are_the_nearest_tiles_in_raster_order() -> None:
 
 
 def test_k_means_keeps_frequent_tiles_and_averages_the_rest() -> None:
-    pictures = [picture(0.0, 0.0, 1.0, 1.0), picture(0.0, 1.0, 0.5, 0.54)]
-    codebook = TileCodebook.learn(pictures, 3, 2)
+    images = [image(0.0, 0.0, 1.0, 1.0), image(0.0, 1.0, 0.5, 0.54)]
+    codebook = TileCodebook.learn(images, 3, 2)
     levels = codebook.tiles[:, 0, 0, 0]
     assert sorted(round(float(level), 4) for level in levels) == [0.0, 0.52, 1.0]
-    with pytest.raises(InputError, match="codes=5: the pictures have 4 different tiles: use fewer"):
-        TileCodebook.learn(pictures, 5, 2)
+    with pytest.raises(InputError, match="codes=5: the images have 4 different tiles: use fewer"):
+        TileCodebook.learn(images, 5, 2)
 
 
 def test_embeddings_are_principal_components() -> None:
@@ -67,13 +67,13 @@ def test_embeddings_are_principal_components() -> None:
     assert codebook.embeddings(20)[:, 12:].eq(0).all()
 
 
-def test_every_shape_in_every_color_survives_tiles_of_crowded_pictures() -> None:
+def test_every_shape_in_every_color_survives_tiles_of_crowded_images() -> None:
     assert torch.equal(crowded(3), crowded(3))
     assert not torch.equal(crowded(3), crowded(4))
     codebook = TileCodebook.learn([crowded(i) for i in range(500)], 512, 8)
     shown = [(s, c, g) for s in SHAPES for c in COLORS for g in GROUNDS]  # held-out pairs are among them
-    pictures = [render(Scene(g, (SceneObject(s, c, 1, 2),))) for s, c, g in shown]
-    for (shape, color, ground), reading in zip(shown, read(codebook.decode(codebook.encode(pictures))), strict=True):
+    images = [render(Scene(g, (SceneObject(s, c, 1, 2),))) for s, c, g in shown]
+    for (shape, color, ground), reading in zip(shown, read(codebook.decode(codebook.encode(images))), strict=True):
         assert reading.ground == ground
         assert [(o.shape, o.color, o.row, o.col) for o in reading.objects] == [(shape, color, 1, 2)]
 

@@ -26,8 +26,8 @@ def test_patches_are_row_major_and_channel_last() -> None:
     assert torch.equal(unpatchify(tokens, 2, *(side // 2 for side in pixels.shape[2:])), pixels)
 
 
-def test_pictures_survive_the_latents(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> None:
-    images = [picture(1), picture(2)]
+def test_images_survive_the_latents(policy: TinyPolicy, image: Callable[[int], torch.Tensor]) -> None:
+    images = [image(1), image(2)]
     latents = policy.encoders.encode_latents(images)
     assert latents.shape == (2, policy.config.image_tokens, policy.config.channels)
     assert latents.min() >= -1
@@ -81,15 +81,13 @@ def test_a_seed_makes_one_policy_and_leaves_the_global_one_alone() -> None:
     assert not torch.equal(one.encoders.patch_in.weight, other.encoders.patch_in.weight)
 
 
-def outputs(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    scored = policy.text_logprob([(picture(1), "what is it")], ["a red circle"])
-    drawn = policy.image_logprob([("a red circle",)], [picture(2)], 2, [0])
+def outputs(policy: TinyPolicy, image: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    scored = policy.text_logprob([(image(1), "what is it")], ["a red circle"])
+    drawn = policy.image_logprob([("a red circle",)], [image(2)], 2, [0])
     return torch.cat([scored, drawn[0]])
 
 
-def test_saved_and_loaded_bit_for_bit(
-    policy: TinyPolicy, picture: Callable[[int], torch.Tensor], tmp_path: Path
-) -> None:
+def test_saved_and_loaded_bit_for_bit(policy: TinyPolicy, image: Callable[[int], torch.Tensor], tmp_path: Path) -> None:
     policy.save(tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
         "config.json",
@@ -102,7 +100,7 @@ def test_saved_and_loaded_bit_for_bit(
     assert twin.config == policy.config
     assert twin.tokenizer.vocabulary == policy.tokenizer.vocabulary
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), twin.parameters(), strict=True))
-    assert torch.equal(outputs(policy, picture), outputs(twin, picture))
+    assert torch.equal(outputs(policy, image), outputs(twin, image))
     twin.save(tmp_path / "again")
     for file in (tmp_path / "model").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
@@ -180,12 +178,12 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         TinyPolicy.load(tmp_path / "nowhere")
 
 
-def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], picture: Callable[[int], torch.Tensor]) -> None:
+def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], image: Callable[[int], torch.Tensor]) -> None:
     policy = new_policy()
     twin = policy.make_reference()
     assert type(twin) is type(policy)
-    before = outputs(twin, picture)
-    assert torch.equal(before, outputs(policy, picture))
+    before = outputs(twin, image)
+    assert torch.equal(before, outputs(policy, image))
     assert not any(p.requires_grad for p in twin.parameters())
     assert all(p.requires_grad for p in policy.parameters())
     assert twin.parameter_groups() == {"understand": [], "generate": [], "shared": []}
@@ -194,8 +192,8 @@ def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], picture: C
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.zero_()
-    assert torch.equal(before, outputs(twin, picture))
-    assert not torch.equal(before, outputs(policy, picture))
+    assert torch.equal(before, outputs(twin, image))
+    assert not torch.equal(before, outputs(policy, image))
 
 
 def test_the_parts_of_the_experts(policy: TinyPolicy) -> None:

@@ -36,7 +36,7 @@ ROWS = {
 }
 
 
-def picture(seed: int) -> Image:
+def image(seed: int) -> Image:
     return torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,10 +44,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-QUESTION = Example(Prompt("u", "understand", (picture(1), "what color is it"), ("text",)), ("a red",))
-DRAWING = Example(Prompt("g", "generate", ("a red circle above a square",), ("image",)), (picture(2),))
+QUESTION = Example(Prompt("u", "understand", (image(1), "what color is it"), ("text",)), ("a red",))
+DRAWING = Example(Prompt("g", "generate", ("a red circle above a square",), ("image",)), (image(2),))
 DROPPED = Example(DRAWING.prompt, DRAWING.outputs, dropped="text")
-PLANNED = Example(Prompt("r", "reason", ("draw a square",), ("text", "image")), ("a blue square", picture(3)))
+PLANNED = Example(Prompt("r", "reason", ("draw a square",), ("text", "image")), ("a blue square", image(3)))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_losses_of_janus_are_those_of_its_model(janus: JanusPolicy) -> None:
     answer = torch.tensor(janus.processor.answer("a red"))
     assert int(answer[-1]) == janus.processor.ids["eos_token"]
     ids = torch.cat([asked.where(asked >= 0, janus.processor.ids["image_token"]), answer[None]], dim=1)
-    pixels = janus.processor.pictures.pixels([picture(1)])
+    pixels = janus.processor.images.pixels([image(1)])
     logits = janus.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
     expected = functional.cross_entropy(logits[-len(answer) - 1 : -1], answer)
     losses = janus.supervised_losses([QUESTION], generator())
@@ -75,7 +75,7 @@ def test_losses_of_janus_are_those_of_its_model(janus: JanusPolicy) -> None:
 
     begin, start, pad = (janus.processor.ids[name] for name in ("bos_token", "boi_token", "pad_token"))
     prompt = [*janus.processor.prompt(DRAWING.prompt.parts, draws=True), start]
-    codes = janus.encode_image(picture(2)).flatten()
+    codes = janus.encode_image(image(2)).flatten()
     inner = janus.model.model
     for example, row in ((DRAWING, prompt), (DROPPED, [i if i in (begin, start) else pad for i in prompt])):
         drawn = janus.model.prepare_embeddings_for_image_generation(codes[:-1])
@@ -89,7 +89,7 @@ def test_losses_of_janus_are_those_of_its_model(janus: JanusPolicy) -> None:
 
 @torch.no_grad()
 def test_losses_of_showo_are_those_of_its_masked_tokens(showo: ShowoPolicy) -> None:
-    codes = showo.encode_image(picture(2))
+    codes = showo.encode_image(image(2))
     for example, text in ((DRAWING, showo.layout.encode("a red circle above a square")), (DROPPED, [])):
         with mock.patch.object(TokenLayout, "drawing", autospec=True, side_effect=TokenLayout.drawing) as drawing:
             loss = float(showo.supervised_losses([example], generator())["image"])
@@ -130,7 +130,7 @@ def test_a_mixed_batch_has_the_losses_of_its_parts(family: str, request: pytest.
     assert float(both["text"]) == pytest.approx(float(expected), rel=1e-5)
     assert float(both["image"]) == pytest.approx(float(planned["image"]), rel=1e-5)
     with pytest.raises(InputError, match="draws from text alone"):
-        policy.supervised_losses([Example(DRAWING.prompt, DRAWING.outputs, dropped="picture")], generator())
+        policy.supervised_losses([Example(DRAWING.prompt, DRAWING.outputs, dropped="image")], generator())
 
 
 @pytest.fixture(params=["janus", "showo"])

@@ -120,14 +120,14 @@ def test_thousands_of_steps_stay_small() -> None:
     assert len(chart.lines[0].raw) + len(chart.lines[0].smooth) < 12_000
 
 
-def test_grid_of_tensors_and_pictures() -> None:
+def test_grid_of_tensors_and_images() -> None:
     red = torch.zeros(3, 32, 32)
     red[0] = 1
     gray = Image.new("RGB", (32, 32), (128, 128, 128))
     rows = [
         ("two red circles left of a blue star", [Tile(red, "reward .5", True), Tile(gray, "reward .0", False)]),
         (
-            "a title that is much too long for this picture " * 5,
+            "a title that is much too long for this image " * 5,
             [Tile(None, "nothing"), Tile(Image.new("RGB", (8, 4)))],
         ),
     ]

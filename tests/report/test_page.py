@@ -52,7 +52,7 @@ def estimates(node: Any) -> list[dict[str, Any]]:
 
 def test_full_run_has_every_section(tmp_path: Path, make_run: MakeRun) -> None:
     text = page_of(make_run(tmp_path / "example"))
-    for section in ("results", "pictures", "curves", "answers", "worst", "validation", "contract", "record"):
+    for section in ("results", "images", "curves", "answers", "worst", "validation", "contract", "record"):
         assert f'id="{section}"' in text
     assert (
         "Generation rose from .24 to .52 (+.28, 95\N{NO-BREAK SPACE}% interval .25 to .31), but reasoning fell." in text
@@ -87,7 +87,7 @@ def test_nothing_is_loaded_from_outside(tmp_path: Path, make_run: MakeRun) -> No
             assert (attributes.get(name) or "#").startswith(("data:image/", "#"))
 
 
-def test_every_picture_and_plot_has_words(tmp_path: Path, make_run: MakeRun) -> None:
+def test_every_image_and_plot_has_words(tmp_path: Path, make_run: MakeRun) -> None:
     for tag, attributes in Page(page_of(make_run(tmp_path / "example"))).tags:
         if tag == "img":
             assert attributes["alt"]
@@ -169,7 +169,7 @@ def test_empty_tasks_missing_intervals_and_odd_numbers(tmp_path: Path) -> None:
     assert "line 3, 4 is unfinished" in text
 
 
-def test_pictures_outside_of_the_run_or_broken_are_left_out(tmp_path: Path, make_run: MakeRun) -> None:
+def test_images_outside_of_the_run_or_broken_are_left_out(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path / "example")
     (tmp_path / "secret.png").write_bytes((run / "samples" / "step_000010" / "grid.png").read_bytes())
     (run / "broken.png").write_bytes(b"not a picture")

@@ -36,7 +36,7 @@ def make_group(prompt: Prompt, outputs: Sequence[Sequence[str | Image]]) -> Grou
 
 
 class FakeJudge:
-    """Answers from a table (mean of the picture, question, answer) -> probability, and notes what it was asked."""
+    """Answers from a table (mean of the image, question, answer) -> probability, and notes what it was asked."""
 
     def __init__(self, table: dict[tuple[float, str, str], float]) -> None:
         self.table = table

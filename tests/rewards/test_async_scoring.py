@@ -41,7 +41,7 @@ TITLES = ("a red circle", "draw a circle", "a circle")
 
 
 def judged(body: dict[str, Any]) -> str:
-    """An answer that depends on the bytes of the picture."""
+    """An answer that depends on the bytes of the image."""
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     return str(crc32(url.encode()) % 11)
 
@@ -56,7 +56,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trai
     policy = TinyPolicy.from_vocabulary(config, ("draw", "a", "red", "circle"))
     for parameter in policy.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)  # a fresh policy draws one picture only
+            torch.nn.init.normal_(parameter, std=0.1)  # a fresh policy draws one image only
     policy.save(tmp_path / "policy")
 
     def started(name: str, rewards: Sequence[dict[str, Any]], given: dict[str, Any] | None = None) -> Trainer:

@@ -40,7 +40,7 @@ def edited(top: int, left: int, by: float, size: int = 8) -> torch.Tensor:
 
 
 class Reader:
-    """Answers by (level of the picture's corner in tenths, question), and writes what it is told."""
+    """Answers by (level of the image's corner in tenths, question), and writes what it is told."""
 
     identity = "1"
 

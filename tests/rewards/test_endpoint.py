@@ -20,9 +20,9 @@ def endpoint(options: dict[str, Any]) -> ChatEndpoint:
     return ChatEndpoint(EndpointConfig.model_validate(options))
 
 
-def test_texts_and_pictures_go_out_and_a_text_comes_back(server: Any) -> None:
-    picture = torch.rand(3, 5, 7)
-    assert endpoint(server.options()).ask([("how many ?", picture)]) == ["yes"]
+def test_texts_and_images_go_out_and_a_text_comes_back(server: Any) -> None:
+    image = torch.rand(3, 5, 7)
+    assert endpoint(server.options()).ask([("how many ?", image)]) == ["yes"]
     (body,) = server.bodies
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0.0, 256)
     text, shown = body["messages"][0]["content"]
@@ -31,7 +31,7 @@ def test_texts_and_pictures_go_out_and_a_text_comes_back(server: Any) -> None:
     assert head == "data:image/png;base64"
     file = PilImage.open(io.BytesIO(base64.b64decode(data)))
     sent = torch.tensor(list(file.tobytes())).view(5, 7, 3).permute(2, 0, 1)
-    assert torch.equal(sent, (picture * 255).round().long())
+    assert torch.equal(sent, (image * 255).round().long())
     assert server.keys == [None]
 
 
@@ -87,7 +87,7 @@ def test_what_would_come_again_is_not_asked_again(server: Any, finished: Callabl
         ((200, finished("it is a", "length")), "the answer was cut off at 256 tokens"),
         ((200, finished("", "length")), "the answer was cut off at 256 tokens"),
         ((200, finished("", "content_filter")), "the answer was withheld by a content filter"),
-        ((400, '{"error": "too many pictures"}'), 'HTTP 400: {"error": "too many pictures"}'),
+        ((400, '{"error": "too many images"}'), 'HTTP 400: {"error": "too many images"}'),
     ):
         server.replies = [reply]
         server.bodies.clear()

@@ -22,7 +22,7 @@ KEY = "a-hidden-word"
 
 
 def answer(body: dict[str, Any]) -> str:
-    """Questions of a prompt; of a picture, an answer that depends on its bytes."""
+    """Questions of a prompt; of an image, an answer that depends on its bytes."""
     content = body["messages"][0]["content"]
     if content[0]["type"] == "text":
         return "is there a circle? yes\nis it red? yes"
@@ -40,7 +40,7 @@ def config(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     policy = TinyPolicy.from_vocabulary(TinyConfig(image_size=16, tower_width=16, transformer=sizes), words)
     for parameter in policy.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)  # a fresh policy draws one picture only
+            torch.nn.init.normal_(parameter, std=0.1)  # a fresh policy draws one image only
     policy.save(tmp_path / "policy")
     rows = [{"task": "generate", "prompt": prompt} for prompt in ("a red circle", "draw a circle")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -155,16 +155,16 @@ def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
     assert [tuple(t.parts.shape) for t in texts] == [(length, 16) for length in lengths]
     assert torch.allclose(texts[0].whole, texts[1].whole, atol=1e-6)
     assert torch.allclose(found.texts(["cube"])[0].whole, texts[2].whole, atol=1e-6)  # alone as beside longer ones
-    pictures = found.images(images)
-    assert {tuple(p.whole.shape) for p in pictures} == {(16,)}
-    assert all(p.parts.shape[1] == 16 and 1 <= p.parts.shape[0] <= 9 for p in pictures)
+    embedded = found.images(images)
+    assert {tuple(p.whole.shape) for p in embedded} == {(16,)}
+    assert all(p.parts.shape[1] == 16 and 1 <= p.parts.shape[0] <= 9 for p in embedded)
     alone = found.images(images[1:2])[0]
-    assert torch.allclose(alone.whole, pictures[1].whole, atol=1e-5)
-    assert torch.allclose(alone.parts, pictures[1].parts, atol=1e-5)
+    assert torch.allclose(alone.whole, embedded[1].whole, atol=1e-5)
+    assert torch.allclose(alone.parts, embedded[1].parts, atol=1e-5)
 
 
 def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
-    """The model's own logits per picture are scale cos + bias; CLIP has no bias."""
+    """The model's own logits per image are scale cos + bias; CLIP has no bias."""
     found = ImageTextEncoder(str(tower), "cpu")
     image, text = torch.rand(3, 12, 12), "red cube"
     model = found.model
@@ -180,14 +180,14 @@ def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
     assert reward.similarity(found.texts([text])[0], found.images([image])[0]) == pytest.approx(cosine, abs=1e-4)
 
 
-def test_semantic_takes_the_tower_for_pictures_of_any_size(group: Callable[..., Group], tower: Path) -> None:
+def test_semantic_takes_the_tower_for_images_of_any_size(group: Callable[..., Group], tower: Path) -> None:
     prompt = Prompt("p", "generate", ("draw red cube",), ("image",))
     images = [[torch.rand(3, 16, 16)], [torch.rand(3, 9, 24)], [torch.full((3, 12, 12), torch.nan)]]
     for form in ("dense", "global"):
         scores = Semantic(form=form, source=str(tower), device="cpu").score([group(prompt, images)], None)  # type: ignore[arg-type]
         assert scores.values[0, :2].abs().max() <= 1
         assert scores.values[0, 0] != scores.values[0, 1]
-        assert scores.failures == {(0, 2): "the picture holds values that are no numbers"}
+        assert scores.failures == {(0, 2): "the image holds values that are no numbers"}
 
 
 def test_a_reader_gives_the_mean_log_prob_of_an_answer(vlm: Path) -> None:
@@ -207,11 +207,11 @@ def test_a_reader_gives_the_mean_log_prob_of_an_answer(vlm: Path) -> None:
 
 
 def cases() -> tuple[list[Any], list[str]]:
-    """Rows of several shapes: pictures of two sizes, none, two at once, answers of one and two words."""
+    """Rows of several shapes: images of two sizes, none, two at once, answers of one and two words."""
     torch.manual_seed(3)
-    pictures = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
-    contexts = [(image, question) for image in pictures for question in ("is it red ?", "is it ?")]
-    contexts += [(pictures[0], pictures[1], "is it ?"), (pictures[1], pictures[0], "is it ?"), ("is it red ?",)]
+    images = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
+    contexts = [(image, question) for image in images for question in ("is it red ?", "is it ?")]
+    contexts += [(images[0], images[1], "is it ?"), (images[1], images[0], "is it ?"), ("is it red ?",)]
     texts = ["yes", "no", "yes", "red cube", "red cube", "no", "yes", "yes", "no"]
     return contexts, texts
 

@@ -1,4 +1,4 @@
-"""Faults of pictures and judges, for every reward that reads images: masked with a reason, never a number."""
+"""Faults of images and judges, for every reward that reads images: masked with a reason, never a number."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DRAW = Prompt("d", "generate", ("draw a circle left of a star",), ("image",), fa
 LEFT_HALF = torch.arange(SIZE).expand(SIZE, SIZE) < SIZE // 2
 SOURCE = torch.full((3, SIZE, SIZE), 0.2)
 EDIT = Prompt("e", "edit", (SOURCE, "add a circle"), ("image",), facts=(FACT,), edited=LEFT_HALF)
-NAN_PICTURE = "the picture holds values that are no numbers"
-OTHER_SIZE = "a picture of 24 x 16: the judge reads 16 x 16"
+NAN_IMAGE = "the image holds values that are no numbers"
+OTHER_SIZE = "an image of 24 x 16: the judge reads 16 x 16"
 
 
 class Strict:
-    """A judge as the tiny policy is: it refuses pictures of another size, and knows the level of any other.
+    """A judge as the tiny policy is: it refuses images of another size, and knows the level of any other.
 
     ``says``: what it says instead of a number; ``raises``: what it raises.
     """
@@ -66,8 +66,8 @@ class Strict:
             raise self.raises
         for image in (part for part in context if isinstance(part, torch.Tensor)):
             if tuple(image.shape) != (3, SIZE, SIZE):
-                raise InputError(f"picture of shape {tuple(image.shape)}")
-            assert image.isfinite().all(), "a picture that is no picture reached the judge"
+                raise InputError(f"image of shape {tuple(image.shape)}")
+            assert image.isfinite().all(), "an image that is no image reached the judge"
         if self.says is not None:
             return self.says
         levels = [float(part.mean()) for part in context if isinstance(part, torch.Tensor)]
@@ -104,7 +104,7 @@ def scored(name: str, judge: Strict, *drawn: Image, **config: Any) -> RewardTabl
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_a_picture_that_cannot_be_read_is_masked_alone(name: str) -> None:
+def test_a_image_that_cannot_be_read_is_masked_alone(name: str) -> None:
     """The others score as if it had not been there."""
     levels = (0.3, 0.9, 0.6)
     good = [torch.full((3, SIZE, SIZE), level) for level in levels]
@@ -114,11 +114,11 @@ def test_a_picture_that_cannot_be_read_is_masked_alone(name: str) -> None:
     table = scored(name, Strict(), good[0], holed, good[1], wide, good[2])
     alone = scored(name, Strict(), *good)
     assert alone.mask.all(), alone.reasons
-    assert table.reasons[0, 1, 0].endswith(NAN_PICTURE)
+    assert table.reasons[0, 1, 0].endswith(NAN_IMAGE)
     if name in ("instruction, verifier", "scene_facts"):
         assert table.mask[0, 3, 0]  # the verifier reads any multiple of 8
     elif name.startswith("edit_consistency"):
-        assert table.reasons[0, 3, 0] == "failed: a picture of (3, 16, 24) for a source of (3, 16, 16)"
+        assert table.reasons[0, 3, 0] == "failed: an image of (3, 16, 24) for a source of (3, 16, 16)"
     else:
         assert table.reasons[0, 3, 0].endswith(OTHER_SIZE)
     torch.testing.assert_close(table.scores[0, [0, 2, 4], 0], alone.scores[0, :, 0])
@@ -138,7 +138,7 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
     odd = torch.full((3, SIZE, 20), 0.3)
     for name in ("scene_facts", "instruction, verifier"):
         table = scored(name, Strict(), odd, torch.full((3, SIZE, SIZE), 0.3))
-        assert table.reasons == {(0, 0, 0): "failed: a picture of 20 x 16: the verifier reads multiples of 8"}
+        assert table.reasons == {(0, 0, 0): "failed: an image of 20 x 16: the verifier reads multiples of 8"}
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
@@ -150,12 +150,12 @@ NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -m
 
 @pytest.mark.parametrize(("name", "said"), [*NO_NUMBERS, *((name, 3.0) for name in READ)])
 def test_a_judge_that_says_no_number_gives_no_score(name: str, said: float) -> None:
-    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
-    table = scored(name, Strict(says=said), *pictures)
+    images = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    table = scored(name, Strict(says=said), *images)
     assert not table.mask.any()
     assert all(reason.startswith("failed: ") for reason in table.reasons.values())
     with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0\.5"):
-        scored(name, Strict(says=said), *pictures, max_failed=0.5)
+        scored(name, Strict(says=said), *images, max_failed=0.5)
 
 
 @pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf, 3.0])
@@ -174,24 +174,24 @@ def test_a_judge_of_texts_that_says_no_log_prob_gives_no_score(name: str, said: 
 
 
 def test_a_judge_sure_but_for_rounding_is_sure() -> None:
-    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    images = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
     for name in ("self_vqa", "knowledge"):
-        table = scored(name, Strict(says=1e-4), *pictures)
+        table = scored(name, Strict(says=1e-4), *images)
         assert table.scores[..., 0].tolist() == [[1.0, 1.0]]
         assert table.mask.all()
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDS if name not in BY_RULE])
 def test_a_judge_that_breaks_gives_no_score(name: str) -> None:
-    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    images = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
     broken = Strict(raises=RuntimeError("out of order"))
-    table = scored(name, broken, *pictures)
+    table = scored(name, broken, *images)
     assert not table.mask.any()
     assert all("out of order" in reason for reason in table.reasons.values())
     with pytest.raises(ContractError, match="out of order"):
-        scored(name, broken, *pictures, max_failed=0.0)
+        scored(name, broken, *images, max_failed=0.0)
     with pytest.raises(ContractError, match="out of order"):
-        scored(name, broken, *pictures, on_failure="stop")
+        scored(name, broken, *images, on_failure="stop")
 
 
 @pytest.mark.parametrize("name", ["self_vqa", "instruction", "knowledge", "scene_facts"])

@@ -48,7 +48,7 @@ def scored(groups: list[Group], act: Callable[[Sequence[Group]], object], **opti
 
 def spoil(groups: Sequence[Group]) -> None:
     for group in groups:
-        group.prompt.parts[0].zero_()  # type: ignore[union-attr]  # a picture
+        group.prompt.parts[0].zero_()  # type: ignore[union-attr]  # an image
         for trajectory in group.trajectories:
             trajectory.image.numpy()[...] = 7  # type: ignore[union-attr]  # past torch's own count of changes
             trajectory.segments[0].latent.zero_()  # type: ignore[union-attr]

@@ -111,7 +111,7 @@ def test_a_function_of_all_outputs_is_called_once_with_lists() -> None:
     assert calls == [3]
     assert scores.values[0].tolist() == [-0.5, 0]
     assert scores.values[1, 1] == -0.25
-    assert scores.failures == {(1, 0): "the picture holds values that are no numbers"}
+    assert scores.failures == {(1, 0): "the image holds values that are no numbers"}
 
 
 def test_a_function_of_trl_gets_conversations_and_columns() -> None:

@@ -21,7 +21,7 @@ DRAW = Prompt("d", "generate", ("three red birds",), ("image",), facts=(COUNT, C
 ASK = Prompt("q", "understand", (torch.full((3, 8, 8), 0.25), "what is it ?"), ("text",))
 
 
-def picture(level: float) -> Image:
+def image(level: float) -> Image:
     return torch.full((3, 8, 8), level)
 
 
@@ -35,7 +35,7 @@ TABLE = {
 
 
 def test_a_drawing_keeps_to_all_constraints_or_not(group: Callable[..., Group], judge: Callable[..., Any]) -> None:
-    groups = [group(DRAW, [[picture(0.25)], [picture(0.75)]])]
+    groups = [group(DRAW, [[image(0.25)], [image(0.75)]])]
     assert Instruction().score(groups, judge(TABLE)).values.tolist() == [[1.0, 0.0]]
     assert Instruction(above=0.7).score(groups, judge(TABLE)).values.tolist() == [[0.0, 0.0]]
     assert Instruction(kinds=["count", "total"]).score(groups, judge(TABLE)).values.tolist() == [[1.0, 1.0]]
@@ -46,11 +46,11 @@ def test_a_judge_without_an_answer_is_no_broken_constraint(
     group: Callable[..., Group], judge: Callable[..., Any]
 ) -> None:
     broken = judge(TABLE | {(0.25, "color ?", "red"): math.nan})
-    scores = Instruction().score([group(DRAW, [[picture(0.25)], [picture(0.75)], [picture(math.nan)]])], broken)
+    scores = Instruction().score([group(DRAW, [[image(0.25)], [image(0.75)], [image(math.nan)]])], broken)
     assert scores.values[0].isnan().tolist() == [True, False, True]
     assert scores.failures == {
         (0, 0): "the judge gave nan for a log-prob",
-        (0, 2): "the picture holds values that are no numbers",
+        (0, 2): "the image holds values that are no numbers",
     }
 
 
@@ -63,7 +63,7 @@ def test_the_verifier_checks_the_chosen_kinds(group: Callable[..., Group], judge
     assert reward.applies(example.prompt)
     scores = reward.score([group(example.prompt, [[right], [blank], [right * math.nan]])], judge({}))
     assert scores.values[0, :2].tolist() == [1.0, 0.0]
-    assert scores.failures == {(0, 2): "the picture holds values that are no numbers"}
+    assert scores.failures == {(0, 2): "the image holds values that are no numbers"}
     kind = example.prompt.facts[0].kind
     assert Instruction(by="verifier", kinds=[kind]).applies(example.prompt)
     assert not Instruction(by="verifier", kinds=["unheard"]).applies(example.prompt)
@@ -105,7 +105,7 @@ def test_a_text_keeps_to_the_rules_of_the_run_and_of_its_row(
 
 
 def test_drawings_and_texts_of_one_step(group: Callable[..., Group], judge: Callable[..., Any]) -> None:
-    groups = [group(ASK, [["a bird"], [" "]]), group(DRAW, [[picture(0.25)], [picture(0.75)]])]
+    groups = [group(ASK, [["a bird"], [" "]]), group(DRAW, [[image(0.25)], [image(0.75)]])]
     scores = Instruction(rules={"min_words": 1}).score(groups, judge(TABLE))
     assert scores.values.tolist() == [[1, 0], [1, 0]]
 
@@ -126,7 +126,7 @@ def test_a_text_that_was_cut_off_is_masked(group: Callable[..., Group], judge: C
 
 
 def test_knowledge_is_the_confidence_of_the_reader(group: Callable[..., Group], judge: Callable[..., Any]) -> None:
-    groups = [group(ASK, [["bird"], [""]]), group(DRAW, [[picture(0.25)], [picture(0.75)]])]
+    groups = [group(ASK, [["bird"], [""]]), group(DRAW, [[image(0.25)], [image(0.75)]])]
     scores = Knowledge().score(groups, judge(TABLE))
     assert scores.values[0, 0] == pytest.approx(0.3)
     assert scores.values[1].tolist() == pytest.approx([0.75, 0.65])

@@ -25,7 +25,7 @@ SIGN = Prompt("s", "generate", ('a sign that says "Open late"',), ("image",))
 
 
 class Fake:
-    """Reads what the level of the picture stands for."""
+    """Reads what the level of the image stands for."""
 
     said = {0.0: "", 0.25: "OPEN  LATE", 0.5: "open date", 0.75: "open late at night"}  # noqa: RUF012
 
@@ -42,12 +42,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> str:
     return "somebodys_ocr:Fake"
 
 
-def picture(level: float) -> Image:
+def image(level: float) -> Image:
     return torch.full((3, 8, 12), level)
 
 
 def test_the_share_of_the_text_that_can_be_read(group: Callable[..., Group], fake: str, judge: Any) -> None:
-    groups = [group(SIGN, [[picture(level)] for level in (0.25, 0.5, 0.75, 0.0)])]
+    groups = [group(SIGN, [[image(level)] for level in (0.25, 0.5, 0.75, 0.0)])]
     scores = OCR(reader=fake).score(groups, judge({}))
     assert scores.values[0].tolist() == pytest.approx([1, 1 - 1 / 9, 9 / 18, 0])
     assert OCR(compare="exact", reader=fake).score(groups, judge({})).values.tolist() == [[1, 0, 0, 0]]
@@ -56,11 +56,11 @@ def test_the_share_of_the_text_that_can_be_read(group: Callable[..., Group], fak
 
 
 def test_what_cannot_be_read_is_masked(group: Callable[..., Group], fake: str, judge: Any) -> None:
-    scores = OCR(reader=fake).score([group(SIGN, [[picture(0.9)], [picture(math.nan)], [picture(0.0)]])], judge({}))
+    scores = OCR(reader=fake).score([group(SIGN, [[image(0.9)], [image(math.nan)], [image(0.0)]])], judge({}))
     assert scores.values[0].isnan().tolist() == [True, True, False]
     assert scores.failures == {
         (0, 0): "the text reader failed: KeyError: 0.9",
-        (0, 1): "the picture holds values that are no numbers",
+        (0, 1): "the image holds values that are no numbers",
     }
 
 
@@ -85,7 +85,7 @@ def test_the_text_asked_for_stands_in_quotation_marks(words: str, asked: str | N
 def test_facts_of_the_kind_text_come_first(fake: str) -> None:
     facts = (Fact("color", "color ?", "red"), Fact("text", "what does it say ?", "EXIT"))
     assert asked_text(Prompt("p", "generate", ('a "red" sign',), ("image",), facts=facts)) == "EXIT"
-    assert not OCR(reader=fake).applies(Prompt("q", "understand", (picture(0), 'is it "x" ?'), ("text",)))
+    assert not OCR(reader=fake).applies(Prompt("q", "understand", (image(0), 'is it "x" ?'), ("text",)))
 
 
 def test_edit_distances_worked_by_hand() -> None:

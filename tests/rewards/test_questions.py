@@ -48,7 +48,7 @@ def generator(tmp_path: Path, **options: Any) -> QuestionGenerator:
     return QuestionGenerator(QuestionConfig.model_validate({"cache": str(tmp_path / "cache")} | options))
 
 
-def picture(level: float) -> Image:
+def image(level: float) -> Image:
     return torch.full((3, 8, 8), level)
 
 
@@ -108,7 +108,7 @@ def test_what_is_kept_belongs_to_prompt_template_and_writer(tmp_path: Path) -> N
     generator(tmp_path).questions([CUBE], Writer(WRITTEN))
     other_weights, other_prompt = Writer(WRITTEN), Prompt("cube", "generate", ("a blue cube",), ("image",))
     other_weights.identity = "2"
-    edit = Prompt("cube", "edit", (picture(0), *CUBE.parts), ("image",))
+    edit = Prompt("cube", "edit", (image(0), *CUBE.parts), ("image",))
     for options, writer, prompt in (
         ({}, other_weights, CUBE),
         ({}, Writer(WRITTEN), other_prompt),
@@ -184,18 +184,18 @@ def test_self_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], t
     reward = SelfVQA(questions={"cache": str(tmp_path)})
     known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
     assert reward.applies(CUBE)
-    groups = [group(CUBE, [[picture(0.5)]]), group(known, [[picture(0.5)]])]
+    groups = [group(CUBE, [[image(0.5)]]), group(known, [[image(0.5)]])]
     scores = reward.score(groups, Writer(WRITTEN, table=table))
     assert not scores.failures
     assert scores.values.flatten().tolist() == pytest.approx([((0.75 + 0.25) / 2 + 0.8) / 2, 0.25])
     assert not SelfVQA().applies(CUBE)
-    assert not reward.applies(Prompt("c", "understand", (picture(0), "what ?"), ("text",)))
+    assert not reward.applies(Prompt("c", "understand", (image(0), "what ?"), ("text",)))
     assert not reward.applies(Prompt("c", "generate", (" ",), ("image",)))
 
 
 def test_a_prompt_without_questions_is_masked_alone(group: Callable[..., Group], tmp_path: Path) -> None:
     known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
-    groups = [group(CUBE, [[picture(0.5)]] * 2), group(known, [[picture(0.5)]] * 2)]
+    groups = [group(CUBE, [[image(0.5)]] * 2), group(known, [[image(0.5)]] * 2)]
     scores = SelfVQA(questions={"cache": str(tmp_path)}).score(groups, Writer("?", table={("dark?", "deep"): 0.25}))
     assert scores.values[1].tolist() == [0.25, 0.25]
     assert scores.values[0].isnan().all()
@@ -204,7 +204,7 @@ def test_a_prompt_without_questions_is_masked_alone(group: Callable[..., Group],
 
 def test_only_questions_of_the_named_kinds_are_asked(group: Callable[..., Group], tmp_path: Path) -> None:
     writer = Writer(WRITTEN, table={("how many birds are there?", "3"): 0.8})
-    groups = [group(CUBE, [[picture(0.5)]])]
+    groups = [group(CUBE, [[image(0.5)]])]
     options = {"cache": str(tmp_path / "cache")}
     scores = SelfVQA(kinds=["count"], questions=options).score(groups, writer)
     assert scores.values.item() == pytest.approx(0.8)

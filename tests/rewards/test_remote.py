@@ -118,7 +118,7 @@ def test_what_travels_is_small_and_scores_the_same(tiny_groups: list[Group], tin
             assert one.segments[-1].states.numel() > 0
 
 
-def test_pictures_of_prompts_travel_in_memory_of_their_own(group: Callable[..., Group]) -> None:
+def test_images_of_prompts_travel_in_memory_of_their_own(group: Callable[..., Group]) -> None:
     many = torch.rand(50, 3, 8, 8)
     prompt = Prompt("edit", "edit", (many[3], "larger"), ("image",), edited=torch.ones(50, 8, 8, dtype=torch.bool)[0])
     sent = portable(group(prompt, [[many[4]], [many[5]]]))

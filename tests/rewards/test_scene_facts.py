@@ -30,8 +30,8 @@ MakeGroup = Callable[..., Group]
 
 @pytest.fixture
 def drawn(group: MakeGroup) -> list[Group]:
-    pictures = [render(scene) for scene in (RIGHT, HALF, WRONG)]
-    return [group(PROMPT, [[p] for p in pictures]), group(replace(PROMPT, facts=FACTS[:1]), [[p] for p in pictures])]
+    images = [render(scene) for scene in (RIGHT, HALF, WRONG)]
+    return [group(PROMPT, [[p] for p in images]), group(replace(PROMPT, facts=FACTS[:1]), [[p] for p in images])]
 
 
 def test_facts_of_rendered_scenes(drawn: list[Group]) -> None:
@@ -55,7 +55,7 @@ def test_scores(mode: Any, values: list[list[float]], drawn: list[Group], judge:
     assert not scores.failures
 
 
-def test_filling_the_picture_pays_in_no_mode_but_fraction(group: MakeGroup, judge: Callable[..., Any]) -> None:
+def test_filling_the_image_pays_in_no_mode_but_fraction(group: MakeGroup, judge: Callable[..., Any]) -> None:
     """One object right out of one, against everything that was asked and one object too many."""
     facts = (FACTS[0], FACTS[1], Fact("total", "how many ?", "two", {"type": "total", "count": 2}))
     crowded = Scene("white", (*RIGHT.objects, SceneObject("square", "green", 3, 0)))
@@ -80,7 +80,7 @@ def test_where_it_applies() -> None:
     assert has_success(replace(PROMPT, output=("text", "image"), answer="7"))
 
 
-def test_the_world_judges_its_own_pictures_right(group: MakeGroup) -> None:
+def test_the_world_judges_its_own_images_right(group: MakeGroup) -> None:
     source = ScenePrompts(ScenesConfig(), "validation", 0)
     groups, worlds = [], []
     for task in source.tasks:

@@ -17,7 +17,7 @@ from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 
-def picture(level: float) -> Image:
+def image(level: float) -> Image:
     return torch.full((3, 8, 8), level)
 
 
@@ -40,7 +40,7 @@ def test_the_score_is_the_mean_probability_of_the_right_answers(
             (0.75, "dark ?", "no"): 0.9,
         }
     )
-    outputs = [[picture(0.25)], [picture(0.75)]]
+    outputs = [[image(0.25)], [image(0.75)]]
     scores = SelfVQA().score([group(two, outputs), group(one, outputs)], fake)
     assert scores.values.flatten().tolist() == pytest.approx([0.3, 0.5, 0.2, 0.9])
     assert not scores.failures
@@ -69,7 +69,7 @@ def test_both_orders_take_the_preference_for_a_place_out(
         (0.5, "color ?", "red"): 0.9,
     }
     reward = SelfVQA(choices="{question} {first} or {second}")
-    scores = reward.score([group(prompt, [[picture(0.5)]])], judge(table))
+    scores = reward.score([group(prompt, [[image(0.5)]])], judge(table))
     assert scores.values.tolist() == [[pytest.approx((0.5 + 0.9) / 2)]]
 
 
@@ -77,25 +77,25 @@ def test_only_facts_of_the_named_kinds_are_asked(group: Callable[..., Group], ju
     both = (Fact("seen", "color ?", "red"), Fact("unseen", "where ?", "left"))
     prompt = Prompt("a", "generate", ("x",), ("image",), facts=both)
     reward = SelfVQA(kinds=["seen"])
-    scores = reward.score([group(prompt, [[picture(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
+    scores = reward.score([group(prompt, [[image(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
     assert scores.values.tolist() == [[0.75]]
     assert not reward.applies(Prompt("b", "generate", ("x",), ("image",), facts=both[1:]))
 
 
-def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
+def test_a_judge_that_says_nan_and_images_that_cannot_be_read_are_masked(
     group: Callable[..., Group], judge: Callable[..., Any]
 ) -> None:
     prompt = Prompt("a", "generate", ("x",), ("image",), facts=facts(("color ?", "red")))
     fake = judge({(0.25, "color ?", "red"): 0.5, (0.5, "color ?", "red"): math.nan})
     fake.image_size = 8
-    outputs = [[picture(0.25)], [picture(0.5)], [picture(math.nan)], [torch.zeros(3, 16, 8)]]
+    outputs = [[image(0.25)], [image(0.5)], [image(math.nan)], [torch.zeros(3, 16, 8)]]
     source = ConfiguredReward(RewardConfig(name="self_vqa"), SelfVQA())
     table = score_groups([source], [group(prompt, outputs)], fake)
     assert table.mask.flatten().tolist() == [True, False, False, False]
     assert table.reasons == {
         (0, 1, 0): "failed: the judge gave nan for a log-prob",
-        (0, 2, 0): "failed: the picture holds values that are no numbers",
-        (0, 3, 0): "failed: a picture of 8 x 16: the judge reads 8 x 8",
+        (0, 2, 0): "failed: the image holds values that are no numbers",
+        (0, 3, 0): "failed: an image of 8 x 16: the judge reads 8 x 8",
     }
 
 
@@ -123,10 +123,10 @@ KNOWN = Prompt(
 
 
 class Perfect:
-    """Sees each fact, one column each, and is sure of it; of a blank picture it can only guess."""
+    """Sees each fact, one column each, and is sure of it; of a blank image it can only guess."""
 
-    def __init__(self, by_picture: bool = True) -> None:
-        self.by_picture = by_picture
+    def __init__(self, by_image: bool = True) -> None:
+        self.by_image = by_image
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         return torch.tensor([self.one(c, text) for c, text in zip(contexts, texts, strict=True)]).log()
@@ -135,7 +135,7 @@ class Perfect:
         image, question = context
         assert isinstance(image, torch.Tensor)
         level = float(image[0, 0, int(str(question).split()[1])])
-        yes = level if self.by_picture else 0.7
+        yes = level if self.by_image else 0.7
         return max(yes if text == "yes" else 1 - yes, 1e-30)  # the log-prob of nothing at all is no number
 
 
@@ -159,9 +159,9 @@ def test_one_more_fact_never_scores_lower(held: list[bool], one: int, orders: bo
 
 
 def test_a_judge_that_answers_fluently_whatever_is_drawn_tells_no_one_apart() -> None:
-    """Questions that the picture does not answer give every member the same score: no advantage for anybody."""
+    """Questions that the image does not answer give every member the same score: no advantage for anybody."""
     drawn = [[shown([float(b)] * BITS)] for b in (0, 1, 0.5)]
-    values = SelfVQA().score([offline_group(KNOWN, drawn)], Perfect(by_picture=False)).values[0]  # type: ignore[arg-type]
+    values = SelfVQA().score([offline_group(KNOWN, drawn)], Perfect(by_image=False)).values[0]  # type: ignore[arg-type]
     assert values.tolist() == pytest.approx([0.7] * 3)
 
 

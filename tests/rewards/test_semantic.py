@@ -21,7 +21,7 @@ CUBE = Prompt("cube", "generate", ("draw red cube",), ("image",))
 
 
 class Reads:
-    """A policy whose states are known: of a text one row per word, of a picture its four corners (two numbers each)."""
+    """A policy whose states are known: of a text one row per word, of an image its four corners (two numbers each)."""
 
     image_size = 4
     words = {"red": (1.0, 0.0), "cube": (0.0, 1.0)}  # noqa: RUF012
@@ -38,7 +38,7 @@ class Reads:
 
 
 def corners(*states: tuple[float, float]) -> Image:
-    """A picture with these states."""
+    """An image with these states."""
     image = torch.zeros(3, 4, 4)
     image[:2, ::3, ::3] = torch.tensor(states).T.view(2, 2, 2)
     return image
@@ -78,13 +78,13 @@ def test_prompts_are_taken_as_captions_and_read_once(group: Callable[..., Group]
     assert judge.layer == 3
 
 
-def test_pictures_that_cannot_be_judged(group: Callable[..., Group]) -> None:
+def test_images_that_cannot_be_judged(group: Callable[..., Group]) -> None:
     image = corners(*[(1, 1)] * 4)
     scores = score(group, [image, image * math.nan, torch.zeros(3, 8, 6)])
     assert scores.values[0, 0].isfinite()
     assert scores.failures == {
-        (0, 1): "the picture holds values that are no numbers",
-        (0, 2): "a picture of 6 x 8: the judge reads 4 x 4",
+        (0, 1): "the image holds values that are no numbers",
+        (0, 2): "an image of 6 x 8: the judge reads 4 x 4",
     }
     assert score(group, [torch.zeros(3, 8, 8)]).values.isnan().all()
 
@@ -102,7 +102,7 @@ def test_of_texts_it_is_masked_and_says_so_once() -> None:
         assert not reward.applies(Prompt("e", "edit", (torch.zeros(3, 4, 4), "make it red"), ("image",)))
 
 
-def test_the_tiny_policy_reads_texts_and_pictures_alone(group: Callable[..., Group]) -> None:
+def test_the_tiny_policy_reads_texts_and_images_alone(group: Callable[..., Group]) -> None:
     sizes = MoTConfig(width=32, depth=2, heads=2, key_heads=2, mlp_width=32)
     policy = TinyPolicy.from_vocabulary(TinyConfig(image_size=16, tower_width=16, transformer=sizes), ("red", "cube"))
     for parameter in policy.parameters():

@@ -5,7 +5,7 @@ import pytest
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.vlm_endpoint import rating, same_answer, yes_or_no
 
-LONG = "The picture shows a wide and empty landscape under heavy clouds"
+LONG = "The image shows a wide and empty landscape under heavy clouds"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ LONG = "The picture shows a wide and empty landscape under heavy clouds"
         ("3", "3", 1),
         ("Three.", "3", 1),
         ("There are 3 birds.", "3", 1),
-        ("I can see three birds in the left half of the picture.", "3", 1),
+        ("I can see three birds in the left half of the image.", "3", 1),
         ("four", "3", 0),
         ("There are no birds.", "3", 0),
         ("none", "0", 1),
@@ -52,7 +52,7 @@ def test_answers_that_can_be_read(answer: str, wanted: str, value: float) -> Non
         ("As an AI I cannot see the image", "red", "a refusal"),
         ("I\u2019m sorry, red", "red", "a refusal"),
         ("I can't tell", "3", "a refusal"),
-        ("I do not have access to any picture", "dog", "a refusal"),
+        ("I do not have access to any image", "dog", "a refusal"),
         ("unclear", "dog", "a refusal"),
         ("asdf", "red", "no color"),
         ("asdf", "3", "no number"),
@@ -93,10 +93,10 @@ def test_answers_that_cannot(answer: str, wanted: str, reason: str) -> None:
         ("Yes.", "yes"),
         ("**Yes**, there is.", "yes"),
         ("NO", "no"),
-        ("No, I cannot see a cube in the picture.", "no"),
+        ("No, I cannot see a cube in the image.", "no"),
         ("There is no cube.", "no"),
         ("Based on what is shown here, yes, there is a cube.", "yes"),
-        ("The picture shows a red cube on a table, so yes", "yes"),
+        ("The image shows a red cube on a table, so yes", "yes"),
     ],
 )
 def test_yes_and_no(answer: str, said: str) -> None:
@@ -114,7 +114,7 @@ def test_yes_and_no(answer: str, said: str) -> None:
         ("I would not say yes", "a denial"),
         ("No, sorry, I am unable to help", "a refusal"),
         ("There is no image", "a refusal"),
-        ("I cannot see the picture, so no", "a refusal"),
+        ("I cannot see the image, so no", "a refusal"),
     ],
 )
 def test_neither_yes_nor_no(answer: str, reason: str) -> None:

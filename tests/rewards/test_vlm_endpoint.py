@@ -22,7 +22,7 @@ FREE = Prompt("free", "generate", ("a cube",), ("image",))
 QUESTION = Prompt("q", "understand", (torch.zeros(3, 4, 4), "what is it?"), ("text",), answer="cube")
 
 
-def picture(level: float = 0.5, size: int = 8) -> Image:
+def image(level: float = 0.5, size: int = 8) -> Image:
     return torch.full((3, size, size), level)
 
 
@@ -39,7 +39,7 @@ def by_question(**answers: Any) -> Callable[[dict[str, Any]], Any]:
 def test_the_share_of_questions_that_are_answered_rightly(group: Callable[..., Group], server: Any) -> None:
     reward = VLMEndpoint(endpoint=server.options(), template="{question}")
     server.answer = by_question(a="Yes, there is.", how="**four**")
-    outputs = [[picture(0.25)], [picture(0.75, size=16)]]
+    outputs = [[image(0.25)], [image(0.75, size=16)]]
     scores = reward.score([group(CUBE, outputs)], None)  # type: ignore[arg-type]  # no policy judges
     assert scores.values.tolist() == [[0.5, 0.5]]
     server.answer = by_question(a="yes", how="Three.")
@@ -54,7 +54,7 @@ def test_one_question_without_an_answer_masks_its_output_alone(
     replies = iter(["yes", "3", "maybe", "3", "yes", (200, finished("th", "length"))])
     server.answer = lambda body: next(replies)
     reward = VLMEndpoint(endpoint=server.options(workers=1), template="{question}")
-    scores = reward.score([group(CUBE, [[picture()]] * 3)], None)  # type: ignore[arg-type]
+    scores = reward.score([group(CUBE, [[image()]] * 3)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == 1
     assert scores.values[0, 1:].isnan().all()
     assert scores.failures == {
@@ -105,14 +105,14 @@ def test_garbage_is_no_wrong_answer(group: Callable[..., Group], server: Any) ->
     replies = iter(["yes", "There are 3 cubes.", "blue", "yes", "3", "asdf", "no", "As an AI I cannot see it", "red"])
     server.answer = lambda body: next(replies)
     reward = VLMEndpoint(endpoint=server.options(workers=1), template="{question}")
-    scores = reward.score([group(prompt, [[picture()]] * 3)], None)  # type: ignore[arg-type]
+    scores = reward.score([group(prompt, [[image()]] * 3)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == pytest.approx(2 / 3)
     assert scores.failures == {(0, 1): "no color in 'asdf'", (0, 2): "a refusal in 'As an AI I cannot see it'"}
 
 
 def test_an_edit_is_shown_with_its_source(group: Callable[..., Group], server: Any) -> None:
-    edit = Prompt("e", "edit", (picture(0.1), "make it red"), ("image",))
-    VLMEndpoint(endpoint=server.options(), ask="yes_no").score([group(edit, [[picture(0.9)]])], None)  # type: ignore[arg-type]
+    edit = Prompt("e", "edit", (image(0.1), "make it red"), ("image",))
+    VLMEndpoint(endpoint=server.options(), ask="yes_no").score([group(edit, [[image(0.9)]])], None)  # type: ignore[arg-type]
     content = server.bodies[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
     assert content[0] != content[1]
@@ -149,19 +149,19 @@ def test_free_text_is_split_by_the_endpoint_and_judged_by_it(
     server.answer = by_question(A="is there a cube? yes\nhow many cubes are there? 1", **{"is": "yes", "how": "two"})
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
     reward = VLMEndpoint(endpoint=server.options(), template="{question}", questions=split)
-    scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
+    scores = reward.score([group(FREE, [[image()]])], None)  # type: ignore[arg-type]
     assert scores.values.tolist() == [[0.5]]
     server.answer = lambda body: "no questions here"
     reward = VLMEndpoint(endpoint=server.options(), questions=split | {"cache": str(tmp_path / "new")})
-    scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
+    scores = reward.score([group(FREE, [[image()]])], None)  # type: ignore[arg-type]
     assert scores.failures == {(0, 0): 'no questions: none can be read in "no questions here"'}
 
 
 def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
     group: Callable[..., Group], server: Any, tmp_path: Path
 ) -> None:
-    edit = Prompt("e", "edit", (picture(0.1), "make the cube red"), ("image",))
-    source, result = ({"type": "image_url", "image_url": {"url": image_url(picture(x))}} for x in (0.1, 0.5))
+    edit = Prompt("e", "edit", (image(0.1), "make the cube red"), ("image",))
+    source, result = ({"type": "image_url", "image_url": {"url": image_url(image(x))}} for x in (0.1, 0.5))
     said = {"what": "red", "is": "yes", "how": "two"}
 
     def answer(body: dict[str, Any]) -> str:
@@ -178,7 +178,7 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
     server.answer = answer
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
     reward = VLMEndpoint(endpoint=server.options(), template="{question}", questions=split)
-    groups = [group(edit, [[picture(0.5)]])]
+    groups = [group(edit, [[image(0.5)]])]
     assert reward.score(groups, None).values.item() == 1  # type: ignore[arg-type]  # the birds were miscounted: dropped
     said["is"] = "no"
     assert reward.score(groups, None).values.item() == 0.5  # type: ignore[arg-type]
@@ -186,12 +186,12 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
     assert {content[-1]["text"] for content in about_result} == {"what color is the cube?", "is there a ball?"}
 
 
-def test_a_picture_of_nan_is_not_sent(group: Callable[..., Group], server: Any) -> None:
+def test_a_image_of_nan_is_not_sent(group: Callable[..., Group], server: Any) -> None:
     scores = VLMEndpoint(endpoint=server.options(), ask="yes_no").score(
-        [group(FREE, [[picture(math.nan)], [picture()]])],
+        [group(FREE, [[image(math.nan)], [image()]])],
         None,  # type: ignore[arg-type]
     )
-    assert scores.failures == {(0, 0): "the picture holds values that are no numbers"}
+    assert scores.failures == {(0, 0): "the image holds values that are no numbers"}
     assert scores.values[0, 1] == 1
     assert len(server.bodies) == 1
 
@@ -204,7 +204,7 @@ def config(server: Any, **changes: Any) -> RewardConfig:
 def test_more_failures_than_configured_stop_the_run(
     group: Callable[..., Group], judge: Callable[..., Any], server: Any
 ) -> None:
-    groups = [group(FREE, [[picture()]] * 4)]
+    groups = [group(FREE, [[image()]] * 4)]
     server.replies = ["perhaps", "perhaps", "yes"]
     table = score_groups(build_rewards([config(server, max_failed=0.5)]), groups, judge({}))
     assert table.mask.flatten().tolist() == [False, False, True, True]

@@ -41,7 +41,7 @@ def asked(name: str, *answers: str, category: str = "color") -> Group:
 
 
 class Reader:
-    """Gives texts probabilities per token, whatever the picture."""
+    """Gives texts probabilities per token, whatever the image."""
 
     def __init__(self, table: dict[str, float]) -> None:
         self.table = table
@@ -154,7 +154,7 @@ def test_one_answer_to_every_question_is_a_collapse(parts: int) -> None:
 
 
 class Describer:
-    """Describes a picture by its level."""
+    """Describes an image by its level."""
 
     def __init__(self, words: dict[float, list[str]]) -> None:
         self.words = words
@@ -226,7 +226,7 @@ def test_more_damage_never_scores_higher(damage: float) -> None:
 @pytest.mark.filterwarnings("ignore:edit_consistency")
 def test_a_result_of_another_size_is_masked() -> None:
     scores = EditConsistency().score([offline_group(EDIT, [[torch.zeros(3, 8, 8)]])], None)  # type: ignore[arg-type]
-    assert scores.failures == {(0, 0): "a picture of (3, 8, 8) for a source of (3, 16, 16)"}
+    assert scores.failures == {(0, 0): "an image of (3, 8, 8) for a source of (3, 16, 16)"}
     assert EditConsistency().applies(EDIT)
     assert not EditConsistency().applies(replace(EDIT, task="generate"))
     assert not EditConsistency().applies(replace(EDIT, parts=("make it red",)))

@@ -29,7 +29,7 @@ from lvrpo.types import Fact
 
 
 class Levels:
-    """Pictures are dark or light; "make it light" is its whole language."""
+    """Images are dark or light; "make it light" is its whole language."""
 
     def questions(self, text):
         return (Fact("level", "is it light", "yes"),) if text == "make it light" else ()
@@ -38,7 +38,7 @@ class Levels:
         return (Fact("unchanged", "is it square", "yes"),)
 
     def unreadable(self, image):
-        return "a tall picture" if image.shape[1] > image.shape[2] else None
+        return "a tall image" if image.shape[1] > image.shape[2] else None
 
     def holds(self, facts, images):
         return [[float(image.mean()) > fact.check["above"] for fact in of] for of, image in zip(facts, images)]
@@ -56,7 +56,7 @@ class Mute:
 LEVELS = "levels.py:Levels"
 LIGHT = Fact("level", "is it light", "yes", {"above": 0.5})
 DRAW = Prompt("d", "generate", ("make it light",), ("image",), facts=(LIGHT,), world=LEVELS)
-PICTURES = [torch.full((3, 6, 6), level) for level in (0.2, 0.9)]
+IMAGES = [torch.full((3, 6, 6), level) for level in (0.2, 0.9)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def consent() -> Iterator[None]:
 
 
 class Judge:
-    """As sure as a table says of a question about a picture; log-probs."""
+    """As sure as a table says of a question about an image; log-probs."""
 
     def __init__(self, **sure: float) -> None:
         self.sure, self.asked = {name.replace("_", " "): value for name, value in sure.items()}, []
@@ -79,7 +79,7 @@ class Judge:
 
 
 def drawn(prompt: Prompt = DRAW) -> list[Group]:
-    return [offline_group(prompt, [[picture] for picture in PICTURES])]
+    return [offline_group(prompt, [[image] for image in IMAGES])]
 
 
 def test_its_verifier_says_what_is_right() -> None:
@@ -87,7 +87,7 @@ def test_its_verifier_says_what_is_right() -> None:
     assert has_success(DRAW)
     assert successes([*drawn(), tall]) == [[0, 1], [0, 1]]
     scores = SceneFacts().score([*drawn(), tall], None)  # type: ignore[arg-type]  # nobody asks the judge
-    assert scores.failures == {(1, 0): "a tall picture"}
+    assert scores.failures == {(1, 0): "a tall image"}
     assert scores.values[0].tolist() == [0, 1]
 
 
@@ -109,7 +109,7 @@ def test_its_grammar_splits() -> None:
 
 
 def test_of_an_edit_it_asks_what_should_stay() -> None:
-    edit = Prompt("e", "edit", (PICTURES[0], "make it light"), ("image",), world=LEVELS)
+    edit = Prompt("e", "edit", (IMAGES[0], "make it light"), ("image",), world=LEVELS)
     judge: Any = Judge(is_it_light=0.5, is_it_square=0.9)
     scores = EditConsistency(questions={"by": "grammar"}, edited=0.5).score(drawn(edit), judge)
     assert set(judge.asked) == {"is it light", "is it square"}
@@ -119,7 +119,7 @@ def test_of_an_edit_it_asks_what_should_stay() -> None:
 def test_a_world_that_fails_stops_where_success_is_counted_and_masks_a_reward() -> None:
     broken = drawn(replace(DRAW, world="levels.py:Broken"))
     with pytest.raises(
-        ContractError, match=r"world levels.py:Broken: could not check a picture: RuntimeError: out of film"
+        ContractError, match=r"world levels.py:Broken: could not check an image: RuntimeError: out of film"
     ):
         successes(broken)
     table = score_groups(build_rewards([RewardConfig(name="scene_facts")]), broken, None)  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ def test_given_tokens_are_a_condition_and_not_scored() -> None:
     torch.testing.assert_close(logprobs.sum(), (JOINT[2, 0, 1] / JOINT[:, 0, :].sum()).log())
 
 
-def test_a_sampled_picture_is_replayed_exactly() -> None:
+def test_a_sampled_image_is_replayed_exactly() -> None:
     generator = torch.Generator().manual_seed(1)
     B = 64
     tokens, steps = torch.full((B, 3), MASK), torch.full((B, 3), 2)

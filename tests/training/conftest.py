@@ -40,13 +40,13 @@ def lively_policy() -> Callable[..., TinyPolicy]:
 
 @pytest.fixture
 def prompts() -> list[Prompt]:
-    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
     return [
-        Prompt("u0", "understand", (picture, "what is it"), ("text",)),
-        Prompt("u1", "understand", (picture, "is it red"), ("text",)),
+        Prompt("u0", "understand", (image, "what is it"), ("text",)),
+        Prompt("u1", "understand", (image, "is it red"), ("text",)),
         Prompt("g0", "generate", ("red circle",), ("image",)),
         Prompt("g1", "generate", ("draw two blue circle",), ("image",)),
-        Prompt("e0", "edit", (picture, "make it red"), ("image",)),
+        Prompt("e0", "edit", (image, "make it red"), ("image",)),
         Prompt("r0", "reason", ("draw one",), ("text", "image")),
     ]
 

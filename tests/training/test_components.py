@@ -88,7 +88,7 @@ def test_validation_handles_negative_rewards_and_ignores_failures() -> None:
     assert state.top == pytest.approx(-0.4)
 
 
-def test_pictures_are_resized_as_elsewhere_and_said_once() -> None:
+def test_images_are_resized_as_elsewhere_and_said_once() -> None:
     Image.new("RGB", (40, 20), "red").save("wide.png")
     row = {"task": "edit", "images": ["wide.png"], "prompt": "make it red", "edited": [[10, 0, 20, 10]]}
     path = write("rows.jsonl", row, {**row, "id": "b"})
@@ -110,9 +110,7 @@ def test_absolute_paths_and_links_may_lead_into_the_root(tmp_path: Path) -> None
     rows = [{**DRAW, "images": [name]} for name in (str(tmp_path / "a.png"), "linked/a.png", "a.png")]
     path = write("rows.jsonl", *rows)
     assert len(JsonlPrompts(JsonlConfig(train=path, root=tmp_path))) == 3
-    with pytest.raises(
-        InputError, match=r"rows.jsonl:1: picture .* lies outside .* set root to a folder that holds it"
-    ):
+    with pytest.raises(InputError, match=r"rows.jsonl:1: image .* lies outside .* set root to a folder that holds it"):
         JsonlPrompts(JsonlConfig(train=path))
     with pytest.raises(InputError, match="root=nowhere: no such folder"):
         JsonlPrompts(JsonlConfig(train=path, root=Path("nowhere")))
@@ -319,5 +317,5 @@ def test_another_pipeline_is_named_with_those_that_are_trained() -> None:
     assert "the nearest is FluxPipeline" in str(one.value)
 
 
-def test_the_side_of_pictures_is_known_without_loading(small_base: Path) -> None:
+def test_the_side_of_images_is_known_without_loading(small_base: Path) -> None:
     assert stored_image_size(small_base) == 32

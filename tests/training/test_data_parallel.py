@@ -36,11 +36,11 @@ def test_shares_by_hand(costs: list[float], ranks: int, dealt: list[list[int]]) 
 
 
 def test_a_token_is_four_characters_or_a_patch_of_16_pixels() -> None:
-    picture = torch.zeros(3, 64, 32)
+    image = torch.zeros(3, 64, 32)
     sampling = Sampling(2, max_new_tokens=10, num_steps=5)
-    asked = Prompt("a", "understand", (picture, "x" * 8), ("text",))
+    asked = Prompt("a", "understand", (image, "x" * 8), ("text",))
     assert estimated_tokens([asked], sampling) == [8 + 2 + 10]
-    edited = Prompt("a", "edit", (picture, "x" * 8), ("image",))
+    edited = Prompt("a", "edit", (image, "x" * 8), ("image",))
     assert estimated_tokens([edited], sampling) == [8 + 2 + 5 * 8]
     assert estimated_tokens([edited], Sampling(2, num_steps=5, guidance_scale=2.0)) == [8 + 2 + 2 * 5 * 8]
     drawn = Prompt("a", "reason", ("x" * 8,), ("text", "image"))
@@ -51,9 +51,9 @@ def test_a_token_is_four_characters_or_a_patch_of_16_pixels() -> None:
 
 
 def test_drawings_with_and_without_a_source_are_dealt_alike() -> None:
-    """Of a policy whose pictures are small, whatever the number of images."""
-    picture = torch.zeros(3, 32, 32)
+    """Of a policy whose images are small, whatever the number of images."""
+    image = torch.zeros(3, 32, 32)
     drawn = [Prompt(f"g{i}", "generate", ("two red circles",), ("image",)) for i in range(33)]
-    edited = [Prompt(f"e{i}", "edit", (picture, "remove it"), ("image",)) for i in range(12)]
+    edited = [Prompt(f"e{i}", "edit", (image, "remove it"), ("image",)) for i in range(12)]
     dealt = assign_to_ranks(estimated_tokens([*drawn, *edited], Sampling(8, num_steps=8)), 2)
     assert sorted(map(len, dealt)) == [22, 23]

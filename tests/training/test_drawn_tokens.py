@@ -35,7 +35,7 @@ from lvrpo.types import (
 )
 
 ALL: tuple[SegmentKind, ...] = ("text", "tokens", "masked")
-NO_PICTURE = torch.zeros(3, 8, 8)
+NO_IMAGE = torch.zeros(3, 8, 8)
 
 
 def make_config(**tree: Any) -> TrainConfig:
@@ -67,7 +67,7 @@ class Scripted:
 
 
 def drawn_tokens(behavior: Sequence[float]) -> ImageTokenSegment:
-    return ImageTokenSegment(torch.zeros(len(behavior), dtype=torch.int64), torch.tensor(behavior), 1, 1, NO_PICTURE)
+    return ImageTokenSegment(torch.zeros(len(behavior), dtype=torch.int64), torch.tensor(behavior), 1, 1, NO_IMAGE)
 
 
 def drawn_masked(
@@ -78,7 +78,7 @@ def drawn_masked(
     likelihood = "path" if given else "monte_carlo"
     zeros = torch.zeros(n, dtype=torch.int64)
     mask = torch.tensor(scored, dtype=torch.bool)
-    return MaskedSegment(zeros, steps, mask, torch.tensor(behavior), likelihood, 1, 1, NO_PICTURE)
+    return MaskedSegment(zeros, steps, mask, torch.tensor(behavior), likelihood, 1, 1, NO_IMAGE)
 
 
 def loss_of(

@@ -37,8 +37,8 @@ from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Example, Fact, Image, Parts, Prompt
 
-PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
-QUESTIONS = [Prompt(f"q{i}", "understand", (PICTURE * (i + 1) / 4, "what is it"), ("text",), "red") for i in range(4)]
+IMAGE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
+QUESTIONS = [Prompt(f"q{i}", "understand", (IMAGE * (i + 1) / 4, "what is it"), ("text",), "red") for i in range(4)]
 
 
 def shifted(policy: Any, size: float, seed: int = 0) -> Any:
@@ -187,13 +187,13 @@ DRAWN = ("a cat", "a dog", "a cat", "a cow")
 
 
 def drawing(i: int, category: str = "") -> Example:
-    """The i-th description with a picture of level i / 10."""
+    """The i-th description with an image of level i / 10."""
     prompt = Prompt(f"d{i}", "generate", (DRAWN[i],), ("image",), category=category)
     return Example(prompt, (torch.full((3, 4, 4), i / 10),))
 
 
 class Drawer(torch.nn.Module):
-    """A policy of known likelihoods: ``sure`` nats for a picture after its own words, and a common noise per seed."""
+    """A policy of known likelihoods: ``sure`` nats for an image after its own words, and a common noise per seed."""
 
     def __init__(self, answers: float, sure: float, noise: float = 1.0) -> None:
         super().__init__()
@@ -219,13 +219,13 @@ class Drawer(torch.nn.Module):
 
 
 def test_the_share_of_the_right_description_by_hand() -> None:
-    pictures = [drawing(i) for i in range(4)]
+    images = [drawing(i) for i in range(4)]
     drawer = Drawer(0.5, sure=2.0)
-    found = description_posterior(drawer, pictures)  # type: ignore[arg-type]  # a double
+    found = description_posterior(drawer, images)  # type: ignore[arg-type]  # a double
     assert found.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 4)
     assert drawer.seeds[:4] == drawer.seeds[4:]  # both texts meet the same noise
     assert len(set(drawer.seeds)) == 4
-    blind = description_posterior(Drawer(0.5, sure=0.0), pictures)  # type: ignore[arg-type]
+    blind = description_posterior(Drawer(0.5, sure=0.0), images)  # type: ignore[arg-type]
     assert blind.tolist() == pytest.approx([0.5] * 4)
     assert NUM_DRAWS > 1
 
@@ -281,8 +281,8 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
 
     read, rule = (build_rewards([RewardConfig(name=name)])[0] for name in ("self_vqa", "exact_answer"))
     both = rows(read, drawn)
-    assert (len(both.questions), len(both.pictures)) == (4, 4)
-    assert not rows(rule, read).pictures
+    assert (len(both.questions), len(both.images)) == (4, 4)
+    assert not rows(rule, read).images
     assert not rows(drawn).questions
     assert build_judge_rows(JudgeConfig(), [drawn], {}, list) == JudgeRows()
     with pytest.raises(InputError, match="only 0 held-out images with descriptions decide"):

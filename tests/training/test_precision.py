@@ -86,22 +86,22 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
     policy.set_compute_dtype(torch.bfloat16)
     seen: list[bool] = []
     policy.transformer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    picture = torch.rand(3, policy.image_size, policy.image_size)
+    image = torch.rand(3, policy.image_size, policy.image_size)
     group = policy.sample(prompts[:1], SAMPLING, [0])[0]
     latent = torch.zeros(1, policy.config.image_tokens, policy.config.channels)
-    examples = [Example(Prompt("s", "generate", ("red circle",), ("image",)), (picture,))]
+    examples = [Example(Prompt("s", "generate", ("red circle",), ("image",)), (image,))]
     calls: list[Callable[[], object]] = [
         lambda: policy.sample(prompts, SAMPLING, list(range(len(prompts)))),
         lambda: policy.sample_member(prompts[0], SAMPLING, 0, 0),
         lambda: policy.logprobs(group.trajectories),
         lambda: policy.velocity([drawn(policy, prompts)], latent, torch.ones(1)),
         lambda: policy.text_logprob([("red circle",)], ["red"]),
-        lambda: policy.image_logprob([("red circle",)], [picture], 1, [0]),
+        lambda: policy.image_logprob([("red circle",)], [image], 1, [0]),
         lambda: policy.supervised_losses(examples, torch.Generator()),
-        lambda: policy.image_features([picture], 1),
+        lambda: policy.image_features([image], 1),
         lambda: policy.hidden_states(["red circle"], 1),
         lambda: policy.context_states([("red circle",)]),
-        lambda: policy.generation_states([("red circle",)], [picture], 1.0, 0),
+        lambda: policy.generation_states([("red circle",)], [image], 1.0, 0),
     ]
     for call in calls:
         seen.clear()

@@ -63,11 +63,11 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(
         assert epochs[0] != epochs[1]
 
 
-def test_questions_come_in_runs_that_share_a_picture(trainer: Callable[..., SupervisedState]) -> None:
+def test_questions_come_in_runs_that_share_a_image(trainer: Callable[..., SupervisedState]) -> None:
     rows = trainer(batch={"question": 12}).batch(3)
-    pictures = [id(example.prompt.parts[0]) for example in rows]
-    assert sorted(Counter(pictures).values()) == [4, 4, 4]
-    assert all(len(set(pictures[i : i + 4])) == 1 for i in (0, 4, 8))
+    images = [id(example.prompt.parts[0]) for example in rows]
+    assert sorted(Counter(images).values()) == [4, 4, 4]
+    assert all(len(set(images[i : i + 4])) == 1 for i in (0, 4, 8))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., SupervisedState]) -> None:
@@ -86,7 +86,7 @@ def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., Supervise
     assert len(one.batch(0)) == sum(BATCH.values())
 
 
-def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Callable[..., SupervisedState]) -> None:
+def test_some_drawings_lose_their_text_or_their_image_but_not_both(trainer: Callable[..., SupervisedState]) -> None:
     supervised = trainer(condition_dropout=0.5, picture_dropout=0.2)
     rows = [example for step in range(30) for example in supervised.batch(step)]
     drawings = [example for example in rows if example.prompt.output == ("image",)]
@@ -94,9 +94,9 @@ def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Ca
     assert 0.35 < len(without) / len(drawings) < 0.65
     assert {e.prompt.task for e in without} == {"generate", "edit"}
     assert not any(e.dropped for e in rows if e.prompt.output != ("image",))
-    no_picture = [e for e in drawings if e.dropped == "picture"]
-    assert {e.prompt.task for e in no_picture} == {"edit"}
-    for example in (*without, *no_picture):
+    no_image = [e for e in drawings if e.dropped == "image"]
+    assert {e.prompt.task for e in no_image} == {"edit"}
+    for example in (*without, *no_image):
         kept = remaining(example)
         left_out = [part for part in example.prompt.parts if isinstance(part, str) == (example.dropped == "text")]
         assert left_out

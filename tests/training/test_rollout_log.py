@@ -33,7 +33,7 @@ def text(words: str, ended: bool = True) -> TextSegment:
     return TextSegment(torch.zeros(n, dtype=torch.int64), torch.zeros(n), 1.0, words, ended)
 
 
-def picture(image: torch.Tensor) -> FlowSegment:
+def flow_segment(image: torch.Tensor) -> FlowSegment:
     none = torch.zeros(0, 1, 1)
     return FlowSegment(
         torch.zeros(1, 1), torch.zeros(2), (), none, none, torch.zeros(0), "ode", 0.0, 1.0, 1.0, "none", "mean", image
@@ -50,9 +50,9 @@ QUESTION = group(
 )
 DRAWING = group(
     Prompt("d", "generate", ("x",), ("image",), category="colors"),
-    [[picture(RED)], [picture(RED)], [picture(RED)], [picture(STRIPES)]],
+    [[flow_segment(RED)], [flow_segment(RED)], [flow_segment(RED)], [flow_segment(STRIPES)]],
 )
-THOUGHT = group(Prompt("t", "reason", ("x",), ("text", "image")), [[text("two"), picture(RED)]] * 4)
+THOUGHT = group(Prompt("t", "reason", ("x",), ("text", "image")), [[text("two"), flow_segment(RED)]] * 4)
 
 
 def table() -> RewardTable:
@@ -107,12 +107,12 @@ def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
     np.testing.assert_allclose(record.picture_diversity, [nan, math.sqrt(0.5 * 3 / 6), 0], rtol=1e-6)
 
 
-def test_large_pictures_are_measured_on_a_grid() -> None:
+def test_large_images_are_measured_on_a_grid() -> None:
     wide = torch.rand(3, 200, 130)
     for image, shape in ((wide, (50, 33)), (wide[:, :64, :64], (64, 64))):
-        pictures = rollout_log._pictures(group(DRAWING.prompt, [[picture(image)]] * 2))
-        assert pictures is not None
-        assert pictures.shape == (2, 3, shape[0] * shape[1])
+        images = rollout_log._images(group(DRAWING.prompt, [[flow_segment(image)]] * 2))
+        assert images is not None
+        assert images.shape == (2, 3, shape[0] * shape[1])
 
 
 def test_controls_and_validations_are_recorded(run: RunDirectory) -> None:

@@ -417,10 +417,10 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
         assert run.read_json("manifest.json")["resumed"]
 
 
-def test_a_run_does_not_go_on_with_other_pictures(small_base: Path) -> None:
-    picture = Path("a.png")
-    PilImage.new("RGB", (16, 16), "red").save(picture)
-    before = picture.read_bytes()
+def test_a_run_does_not_go_on_with_other_images(small_base: Path) -> None:
+    image = Path("a.png")
+    PilImage.new("RGB", (16, 16), "red").save(image)
+    before = image.read_bytes()
     row = {"images": ["a.png"], "task": "understand", "prompt": "what color is the circle ?", "answer": "red"}
     Path("rows.jsonl").write_text(json.dumps(row) + "\n")
     changes = ["steps=2", "device=cpu", "rewards=[{name: exact_answer}]", "data.prompts_per_step={understand: 1}"]
@@ -431,11 +431,11 @@ def test_a_run_does_not_go_on_with_other_pictures(small_base: Path) -> None:
         trainer = Trainer.start(config, Path("run"))
         trainer.save()
         trainer.run.close()
-        PilImage.new("RGB", (16, 16), "blue").save(picture)
-        changed = r"data\.jsonl\.train: the rows are not those .* \(a picture has other bytes\): restore them"
+        PilImage.new("RGB", (16, 16), "blue").save(image)
+        changed = r"data\.jsonl\.train: the rows are not those .* \(an image has other bytes\): restore them"
         with pytest.raises(InputError, match=changed):
             Trainer.resume(Path("run"))
-        picture.write_bytes(before)
+        image.write_bytes(before)
         Trainer.resume(Path("run")).run.close()
         manifest = json.loads(Path("run/manifest.json").read_text())
         assert len(manifest["data"]["train"].pop("rows_sha256")) == 64

@@ -105,7 +105,7 @@ def test_rows_are_tested_with_the_settings_of_validation(small_base: Path) -> No
 
 def test_splits_that_share_a_row_are_refused_before_the_start(small_base: Path) -> None:
     write(*TEXTS, "A red circle.")
-    with pytest.raises(InputError, match=r"row 7: the same text and pictures as .*row 1 of data\.datasets\.train"):
+    with pytest.raises(InputError, match=r"row 7: the same text and images as .*row 1 of data\.datasets\.train"):
         Trainer.start(config(small_base, one="train: 'train[:4]', validation: 'train[4:]'"), Path("run"))
     assert not Path("run").exists()
 

@@ -160,8 +160,8 @@ def test_tensorboard_reads_back_what_the_run_wrote() -> None:
         (1, "seconds"): 3.0,
         (2, "reward/generate/a_b"): 0.75,
     }
-    (picture,) = [v.image for _, v in found if v.WhichOneof("value") == "image"]
-    assert (picture.width, picture.height) == (6, 4)
+    (image,) = [v.image for _, v in found if v.WhichOneof("value") == "image"]
+    assert (image.width, image.height) == (6, 4)
     texts = {v.tag.partition("/")[0]: v.tensor.string_val[0].decode() for _, v in found if v.tensor.string_val}
     assert '"steps": 2' in texts["config"]
     assert r"| understand | what \| color ? | red | 1 | red | 1.0 | exact=1 |" in texts["answers"]

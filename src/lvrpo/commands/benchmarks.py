@@ -33,7 +33,7 @@ def resumable(out: Path | None) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted: repeat the command to continue from {out}") from None
 
 
-SECONDS_PER_PICTURE = 11.7
+SECONDS_PER_IMAGE = 11.7
 """docs/results/bagel_gpu.md."""
 GENEVAL_FAMILY = ("geneval", "geneval_vqa")
 
@@ -43,9 +43,7 @@ def refuse_geneval_layout(options: Options) -> None:
     if options.geneval_layout is None:
         return
     if options.out is None or not {*GENEVAL_FAMILY} & {*(options.benchmark or ())}:
-        raise InputError(
-            "--geneval-layout: takes the pictures of geneval or geneval_vqa: add --benchmark and --out DIR"
-        )
+        raise InputError("--geneval-layout: takes the images of geneval or geneval_vqa: add --benchmark and --out DIR")
     if path_exists(options.geneval_layout) and not options.force:
         raise InputError(f"{options.geneval_layout}: exists already: choose another name, or add --force")
 
@@ -54,7 +52,7 @@ def write_geneval_layout(options: Options, evaluated: Mapping[str, Sequence[str]
     """The folders written: ``--geneval-layout`` itself, or one for each phase and row of the table where several are.
 
     ``evaluated``: names of the benchmarks by phase, the folder below ``--out``. Raises InputError where prompts have
-    no pictures.
+    no images.
     """
     names = [(phase, name) for phase, each in evaluated.items() for name in each]
     chosen = [(phase, name) for phase, name in names if name.partition("@")[0] in GENEVAL_FAMILY]
@@ -63,9 +61,9 @@ def write_geneval_layout(options: Options, evaluated: Mapping[str, Sequence[str]
     written = []
     for phase, name in chosen:
         folder = ItemFolder(ItemStore(options.out / phase).folder_of(name))
-        pictures = {row.prompt.id: folder.pictures(row.prompt, SAMPLES) for row in rows if folder.holds(row.prompt)}
+        images = {row.prompt.id: folder.images(row.prompt, SAMPLES) for row in rows if folder.holds(row.prompt)}
         written.append(options.geneval_layout / phase / name if len(chosen) > 1 else options.geneval_layout)
-        write_layout(written[-1], rows, pictures)
+        write_layout(written[-1], rows, images)
     return written
 
 
@@ -73,7 +71,7 @@ def list_benchmarks(options: Options) -> None:
     """Prints every published benchmark with what it needs."""
     for name in PUBLISHED:
         found = resolve("benchmark", name, PUBLISHED)
-        drawn = "a picture" if found.samples == 1 else f"{found.samples} pictures"
+        drawn = "an image" if found.samples == 1 else f"{found.samples} images"
         print(f"{name}: {found.prompts} prompts, {drawn} each, license: {found.license}")
         folder = f"DIR/{found.folder or found.name}/"
         rows = {
@@ -81,12 +79,12 @@ def list_benchmarks(options: Options) -> None:
             "--data DIR": folder + ", ".join(found.files),
             "--data hub": found.hub.id if found.hub else "-",
             "judge": found.needs,
-            "time": f"{found.minutes(SECONDS_PER_PICTURE)} minutes, and the judge's",
+            "time": f"{found.minutes(SECONDS_PER_IMAGE)} minutes, and the judge's",
         }
         for head, text in rows.items():
             print(f"  {head:<11} {text}")
     print(
-        f"time: of drawing all on one H100 at {SECONDS_PER_PICTURE} s each, measured with the shape of BAGEL-7B "
+        f"time: of drawing all on one H100 at {SECONDS_PER_IMAGE} s each, measured with the shape of BAGEL-7B "
         "(1024 x 1024, 49 guided steps); n GPUs take an n-th of it"
     )
     print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl")

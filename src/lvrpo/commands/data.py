@@ -83,13 +83,13 @@ def rows(options: Options) -> None:
 SPLITS = ("train", "validation", "test")
 VALIDATION = 480
 """Prompts per task of the built-in validation split that are compared."""
-OVERLAP = ("task", "prompts", "same prompt", "same content", "looks alike", "picture", "text", "normalized")
+OVERLAP = ("task", "prompts", "same prompt", "same content", "looks alike", "image", "text", "normalized")
 OVERLAP += ("one 5-gram", "all 5-grams")
 """Columns of the table of two splits."""
 LEAK_MESSAGES = {
-    "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
+    "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same images",
     "content": "asks what {other} asks in other words",
-    "look": "asks what {other} asks of pictures that look alike",
+    "look": "asks what {other} asks of images that look alike",
 }
 
 
@@ -128,7 +128,7 @@ def print_overlaps(
             first = first or next(iter(leaks(found[title], near_duplicates)), None)
             for each in found[title]:
                 leaking = (Cell(str(n), "down" if n else "") for n in (each.same, each.content))
-                common = (each.picture, each.verbatim, each.normalized, each.some_ngrams, each.all_ngrams)
+                common = (each.image, each.verbatim, each.normalized, each.some_ngrams, each.all_ngrams)
                 shares = (share(count / each.prompts) for count in common)
                 rows.append((each.task, str(each.prompts), *leaking, str(each.look), *shares))
             console.print()

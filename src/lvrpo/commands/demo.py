@@ -19,7 +19,7 @@ from lvrpo.rewards.questions import QuestionConfig
 from lvrpo.rewards.self_vqa import SelfVQA
 from lvrpo.types import Group, Image, TaskKind
 
-MAX_PICTURES = 8
+MAX_IMAGES = 8
 JUDGED = ("question", "right answer", "confidence")
 
 
@@ -65,12 +65,12 @@ class Session:
 
     def edit(self, image: Any, instruction: str, seed: float, guidance: float) -> Group:
         """An image, changed. Any: an array (height, width, 3) of uint8, or None."""
-        asked = prompt("edit", (self._picture(image), instruction), ("image",), 0)
+        asked = prompt("edit", (self._image(image), instruction), ("image",), 0)
         return self._sample(asked, seed, guidance, 1)
 
     def ask(self, image: Any, question: str) -> str:
         """The greedy answer. Any: as in ``edit``."""
-        group = self._sample(prompt("understand", (self._picture(image), question), ("text",), 0), 0, 0, 1)
+        group = self._sample(prompt("understand", (self._image(image), question), ("text",), 0), 0, 0, 1)
         return group.trajectories[0].text or ""
 
     def judge(self, group: Group) -> list[list[list[str]]]:
@@ -108,9 +108,9 @@ class Session:
         with self._lock:
             return sample(self.policy, [asked], settings, int(count), asked.task)[0]
 
-    def _picture(self, image: Any) -> Image:
+    def _image(self, image: Any) -> Image:
         if image is None:
-            raise InputError("no picture: add one")
+            raise InputError("no image: add one")
         tensor = torch.from_numpy(image[..., :3].copy()).permute(2, 0, 1).float() / 255
         side = self.policy.image_size
         return tensor if side is None or tensor.shape[1:] == (side, side) else middle_square(tensor, side)
@@ -124,15 +124,15 @@ def build(sessions: dict[str, Session]) -> Any:
         if "generate" in tasks:
             with gradio.Tab("Draw"):
                 text = gradio.Textbox(label="Prompt", value="two red circles")
-                settings = [*_drawing(gradio), gradio.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures")]
+                settings = [*_drawing(gradio), gradio.Slider(1, MAX_IMAGES, 4, step=1, label="Images")]
                 _answer(gradio, "Draw", sessions, lambda s, *v: _drawn(s, s.draw(*v)), [text, *settings])
         if "understand" in tasks:
             with gradio.Tab("Ask"):
-                given = [gradio.Image(label="Picture", type="numpy"), gradio.Textbox(label="Question")]
+                given = [gradio.Image(label="Image", type="numpy"), gradio.Textbox(label="Question")]
                 _answer(gradio, "Ask", sessions, lambda s, *v: (s.ask(*v),), given, draws=False)
         if "edit" in tasks:
             with gradio.Tab("Edit"):
-                given = [gradio.Image(label="Picture", type="numpy"), gradio.Textbox(label="Instruction")]
+                given = [gradio.Image(label="Image", type="numpy"), gradio.Textbox(label="Instruction")]
                 _answer(gradio, "Edit", sessions, lambda s, *v: _drawn(s, s.edit(*v)), [*given, *_drawing(gradio)])
         if "reason" in tasks and "generate" in tasks:
             with gradio.Tab("Think, then draw"):

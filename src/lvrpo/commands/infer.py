@@ -63,7 +63,7 @@ def generate(options: Options) -> None:
                 row["thought"] = trajectory.text
             index.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(options.out / "index.jsonl", "".join(index).encode(), options.force)
-    print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
+    print(f"{len(index)} image{'s' * (len(index) > 1)} in {options.out}")
 
 
 def _generation_prompts(table: Path) -> list[str]:
@@ -85,7 +85,7 @@ def ask(options: Options) -> None:
     if single == (table is not None) or (image is None) != (question is None):
         raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
     if table is None:
-        refuse_given(options, ("root",), "finds the pictures of --questions: leave it out")
+        refuse_given(options, ("root",), "finds the images of --questions: leave it out")
     if options.out is not None:
         refuse_existing([options.out], options.force)
     if image is not None and question is not None:
@@ -127,12 +127,12 @@ class QuestionRow:
 
 
 def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
-    """Reads rows; resizes their pictures to the model's size, with one message."""
+    """Reads rows; resizes their images to the model's size, with one message."""
     found, odd = [], []
     for where, row in read_rows(table):
         parsed = checked_row(row, "understand", where)
         if parsed.kinds != ("text",) or not parsed.images:
-            raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
+            raise InputError(f"{where}: task '{parsed.task}': only questions about images are asked: leave it out")
         paths = [image_path(table.parent, name, where, root=root) for name in parsed.images]
         images = [load_image(path) for path in paths]
         if side is not None:
@@ -140,7 +140,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
             images = [middle_square(image, side) for image in images]
         found.append(QuestionRow(where, row, (*images, parsed.prompt)))
     if odd:
-        which = f"picture {odd[0]} is" if len(odd) == 1 else f"{len(odd)} pictures, such as {odd[0]}, are"
+        which = f"image {odd[0]} is" if len(odd) == 1 else f"{len(odd)} images, such as {odd[0]}, are"
         print(f"warning: {table}: {which} of another size: resized to {side} x {side}", file=sys.stderr)
     return found
 
@@ -184,7 +184,7 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
 
 
 def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
-    """A prompt whose output is a picture, after a text with --think. Any: the literals of ``Prompt``."""
+    """A prompt whose output is an image, after a text with --think. Any: the literals of ``Prompt``."""
     if options.think:
         return prompt("reason", parts, ("text", "image"), number)
     return prompt(task, parts, ("image",), number)

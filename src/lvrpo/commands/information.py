@@ -22,8 +22,8 @@ def print_information(options: Options) -> None:
     models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
     loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
     directions: dict[Direction, str] = {
-        "see_and_plan": "understanding expert over a picture, generation expert about to draw from its caption",
-        "name_and_form": "understanding expert over a caption, generation expert over the noisy picture",
+        "see_and_plan": "understanding expert over an image, generation expert about to draw from its caption",
+        "name_and_form": "understanding expert over a caption, generation expert over the noisy image",
     }
     console = wide_console()
     out: dict[str, dict[str, object]] = {}

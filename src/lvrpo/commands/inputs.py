@@ -51,9 +51,9 @@ def write_json(options: Options, content: Any) -> None:
 
 
 def require_png(path: Path) -> None:
-    """Raises InputError for the name of a picture to write that ends in anything but .png."""
+    """Raises InputError for the name of an image to write that ends in anything but .png."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"--out {path}: pictures are written as PNG: end the name in .png")
+        raise InputError(f"--out {path}: images are written as PNG: end the name in .png")
 
 
 def require_used(option: str, setting: str, policies: Sequence[Policy]) -> None:
@@ -103,7 +103,7 @@ def checked_row(row: dict[str, Any], task: TaskKind, where: str) -> Row:
 
 
 def fitting_image(path: Path, side: int | None) -> Image:
-    """The picture as the model reads it; another size is cropped to its middle square and resized, with a warning.
+    """The image as the model reads it; another size is cropped to its middle square and resized, with a warning.
 
     A model of any size (None) gets it whole.
     """

@@ -354,7 +354,7 @@ DATA_CHECK = Command(
     "lvrpo.commands.data:check",
     "examples:\n"
     "  lvrpo data check own.yaml\n"
-    "  lvrpo data check pictures preset=labels\n"
+    "  lvrpo data check images preset=labels\n"
     "  lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
     "  lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
 )

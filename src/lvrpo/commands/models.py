@@ -30,11 +30,11 @@ from lvrpo.types import Image
 
 PIPELINES = tuple(kind for kind, made in KINDS.items() if made.sizes == "PipelineSizes")
 CROWDED = 2000
-"""Pictures that a tile codebook is learned from."""
+"""Images that a tile codebook is learned from."""
 MEASURED = 1000
-"""Pictures that it is measured on."""
+"""Images that it is measured on."""
 KEPT_BYTES = 256 << 20
-"""Size limit of the cache of rendered pictures: all of them at 32 x 32; beyond it, pictures are rendered again."""
+"""Size limit of the cache of rendered images: all of them at 32 x 32; beyond it, images are rendered again."""
 
 
 def init(options: Options) -> None:
@@ -44,7 +44,7 @@ def init(options: Options) -> None:
     if options.train_autoencoder < 0:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: use 0 or more steps")
     if not 2 <= options.autoencoder_batch <= 1024:
-        raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
+        raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 images")
     if options.tile_codebook and options.kind not in TILED:
         raise InputError(f"--tile-codebook: applies to {', '.join(TILED)}, not to {options.kind}: leave it out")
     device = pick_device(options.device)
@@ -97,7 +97,7 @@ def refuse_autoencoder(options: Options) -> None:
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:
-    """Trains the autoencoder on pictures of the train split, and prints its reconstruction quality."""
+    """Trains the autoencoder on images of the train split, and prints its reconstruction quality."""
     try:
         source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "train", 0)
     except ValidationError:
@@ -107,7 +107,7 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
 
     kept: dict[int, Image] = {}
 
-    def picture(i: int) -> Image:
+    def image_of(i: int) -> Image:
         if i in kept:
             return kept[i]
         image = source.prompt("understand", i).images[0]
@@ -115,8 +115,8 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
             kept[i] = image
         return image
 
-    def pictures(first: int, count: int) -> list[Image]:
-        return [picture(i) for i in range(first, first + count)]
+    def images_of(first: int, count: int) -> list[Image]:
+        return [image_of(i) for i in range(first, first + count)]
 
     with Progress(steps) as watch:
         watch.phase("training the autoencoder")
@@ -127,14 +127,14 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
             times = {"seconds": passed, "seconds_left": passed / step * (steps - step)}
             watch.step({"step": step, "loss/reconstruction": loss, **times})
 
-        found = train_autoencoder(policy, pictures, steps, observe, batch)
+        found = train_autoencoder(policy, images_of, steps, observe, batch)
     same = [seen_objects(a) == seen_objects(b) for a, b in zip(read(found.before), read(found.after), strict=True)]
-    print(f"reconstruction of new pictures: {found.psnr:.1f} dB, largest error of a pixel {found.largest:.2f}")
+    print(f"reconstruction of new images: {found.psnr:.1f} dB, largest error of a pixel {found.largest:.2f}")
     print(f"the verifier reads the same objects in {sum(same)} of {len(same)}")
 
 
 def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
-    """Gives a policy a tile codebook of crowded pictures; prints what survives it of the validation split's pictures.
+    """Gives a policy a tile codebook of crowded images; prints what survives it of the validation split's images.
 
     Embeddings of a Janus's image tokens start as the principal components of the tiles.
     """
@@ -142,13 +142,13 @@ def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
         raise InputError(
             f"image_size={size}: scenes have multiples of 8 from 32 to 256: use one, or leave --tile-codebook out"
         )
-    pictures = [crowded(i, size) for i in range(CROWDED)]
+    images = [crowded(i, size) for i in range(CROWDED)]
     if isinstance(policy, JanusPolicy):
         embeddings = policy.model.model.generation_embeddings.weight
-        tiles = TileCodebook.learn(pictures, len(embeddings), policy.token_side)
+        tiles = TileCodebook.learn(images, len(embeddings), policy.token_side)
         embeddings.data.copy_(tiles.embeddings(embeddings.shape[1]))
     else:
-        tiles = TileCodebook.learn(pictures, policy.magvit.config.codes, policy.magvit.config.patch_size)
+        tiles = TileCodebook.learn(images, policy.magvit.config.codes, policy.magvit.config.patch_size)
     policy.tiles = tiles
     source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "validation", 0)
     shown = [image for i in range(MEASURED) for image in source.prompt("understand", i).images]
@@ -157,17 +157,17 @@ def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
     same = sum(seen_objects(a) == seen_objects(b) for a, b in pairs)
     count = len(tiles.tiles)
     print(f"{count} tiles: the verifier reads {kept / total:.1%} of {total} facts again (grounds, shapes, colors),")
-    print(f"and the same objects in {same} of {len(pairs)} pictures")
+    print(f"and the same objects in {same} of {len(pairs)} images")
 
 
 def facts_of(reading: Reading) -> set[object]:
-    """The facts of a picture: its ground, and of each object shape and color at its place."""
+    """The facts of an image: its ground, and of each object shape and color at its place."""
     objects = {(name, o.row, o.col) for o in reading.objects for name in (f"shape {o.shape}", f"color {o.color}")}
     return {reading.ground, *objects}
 
 
 def seen_objects(reading: Reading) -> tuple[object, ...]:
-    """The objects of a picture, without their visibility."""
+    """The objects of an image, without their visibility."""
     return (reading.ground, reading.unreadable, *((o.shape, o.color, o.row, o.col) for o in reading.objects))
 
 

@@ -40,7 +40,7 @@ def test_more_of_the_target_scores_more() -> None:
 KINDS: dict[str, dict[str, str]] = {
     "image": {
         "imports": "\nimport torch\n\n",
-        "what": "pictures",
+        "what": "images",
         "type": "torch.Tensor",
         "target": "0.7",
         "quantity": "the mean brightness",

@@ -77,14 +77,14 @@ WORLD_METHODS = ("questions", "unchanged_questions", "unreadable", "holds")
 
 
 class World(Protocol):
-    """Derives facts and questions from texts, and checks facts against pictures.
+    """Derives facts and questions from texts, and checks facts against images.
 
     A world without a grammar returns no questions; one without a verifier gives its facts no ``check``, and is not
     called.
     """
 
     def questions(self, text: str) -> tuple[Fact, ...]:
-        """The facts that must hold of a picture drawn for a text, or edited by it; () for a text it cannot read."""
+        """The facts that must hold of an image drawn for a text, or edited by it; () for a text it cannot read."""
         ...
 
     def unchanged_questions(self, instruction: str) -> tuple[Fact, ...]:
@@ -92,11 +92,11 @@ class World(Protocol):
         ...
 
     def unreadable(self, image: Image) -> str | None:
-        """Why the facts of a picture cannot be checked; None where they can."""
+        """Why the facts of an image cannot be checked; None where they can."""
         ...
 
     def holds(self, facts: Sequence[Sequence[Fact]], images: Sequence[Image]) -> Sequence[Sequence[bool]]:
-        """Whether each fact holds of the picture beside it; the pictures are readable and of one size."""
+        """Whether each fact holds of the image beside it; the images are readable and of one size."""
         ...
 
 

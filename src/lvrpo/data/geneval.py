@@ -1,6 +1,6 @@
 """The prompts of GenEval (arXiv:2310.11513): its metadata rows, and the questions that follow from them exactly.
 
-A row names the objects that a picture must show, each with the least number, a color, a position beside an earlier
+A row names the objects that an image must show, each with the least number, a color, a position beside an earlier
 object, and objects that it must not show as often. flow_grpo's training rows have the same format.
 """
 
@@ -40,7 +40,7 @@ _PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer m
 
 
 class Clause(BaseModel):
-    """An object that a picture must show, or must not show as often."""
+    """An object that an image must show, or must not show as often."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -137,7 +137,7 @@ def interleave_categories(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def facts_of(metadata: Metadata) -> tuple[Fact, ...]:
-    """The questions about a picture whose right answers hold exactly when the metadata does.
+    """The questions about an image whose right answers hold exactly when the metadata does.
 
     Existence and position are yes-no questions, a color is one of ``COLORS``, a number one of ``NUMBERS``. Whether an
     object is there is not asked where its number or color is.

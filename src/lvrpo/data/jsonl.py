@@ -17,9 +17,9 @@ from lvrpo.types import Split
 
 
 class JsonlConfig(Config):
-    """The files of rows (docs/guides/your_data.md); pictures are found relative to their file, or to ``root``."""
+    """The files of rows (docs/guides/your_data.md); images are found relative to their file, or to ``root``."""
 
-    hints: ClassVar[Mapping[str, str]] = {"cached_images": "is gone: the last 1024 decoded pictures stay in memory"}
+    hints: ClassVar[Mapping[str, str]] = {"cached_images": "is gone: the last 1024 decoded images stay in memory"}
     train: Path | None = None
     """File of the rows to train on."""
     validation: Path | None = None
@@ -27,10 +27,10 @@ class JsonlConfig(Config):
     test: Path | None = None
     """Held-out rows that are scored before and after."""
     root: Path | None = None
-    """Another folder in which pictures may lie: absolute paths and links may lead into it, and a relative path that is
+    """Another folder in which images may lie: absolute paths and links may lead into it, and a relative path that is
     not beside its file is looked up there."""
     check: Literal["headers", "pixels"] = "headers"
-    """Validation of every picture before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
+    """Validation of every image before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
 
 
 class JsonlPrompts(RowPrompts):
@@ -46,7 +46,7 @@ class JsonlPrompts(RowPrompts):
     ):
         """Reads and checks every row. Raises InputError, one line that names file and line number.
 
-        ``side``: of the square pictures that the model reads, to which others are brought (None: as they are).
+        ``side``: of the square images that the model reads, to which others are brought (None: as they are).
         ``problems``: as for ``RowPrompts``.
         """
         path: Path | None = getattr(config, split)  # the three splits are three of the fields
@@ -75,23 +75,23 @@ def _read(path: Path, root: Path | None, decode: bool, problems: list[str] | Non
 
 
 def image_path(folder: Path, name: str, where: str, decode: bool = False, root: Path | None = None) -> Path:
-    """The path of a picture that lies in the folder or in ``root``, links followed.
+    """The path of an image that lies in the folder or in ``root``, links followed.
 
     Raises InputError that begins with ``where``.
     """
     if "://" in name or name.startswith("data:"):
-        raise InputError(f"{where}: picture {name!r} is an address: fetch the pictures and give their paths")
+        raise InputError(f"{where}: image {name!r} is an address: fetch the images and give their paths")
     if not name or "\0" in name:
-        raise InputError(f"{where}: picture {name!r} is no path: give a path relative to {folder}")
+        raise InputError(f"{where}: image {name!r} is no path: give a path relative to {folder}")
     if root is not None and not root.is_dir():
-        raise InputError(f"root={root}: no such folder: give the folder that holds the pictures")
+        raise InputError(f"root={root}: no such folder: give the folder that holds the images")
     roots = [folder] if root is None else [folder, root]
     path = next((path for base in roots if os.path.isfile(path := base / name)), folder / name)
     foreign = PureWindowsPath(name).is_absolute() and not os.path.isfile(path)
     real = Path(os.path.realpath(path))
     if foreign or not any(real.is_relative_to(os.path.realpath(base)) for base in roots):
         raise InputError(
-            f"{where}: picture {name!r} lies outside {' and '.join(map(str, roots))} (at {real}): put it "
+            f"{where}: image {name!r} lies outside {' and '.join(map(str, roots))} (at {real}): put it "
             "there and give a relative path, or set root to a folder that holds it"
         )
     try:

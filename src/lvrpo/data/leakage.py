@@ -53,7 +53,7 @@ class ComparedPrompt:
     """Its id, or file:line."""
     task: str
     text: str
-    pictures: tuple[ComparedImage, ...] = ()
+    images: tuple[ComparedImage, ...] = ()
     content: str = ""
     """A canonical form of its content, the same for all wordings; empty where it is not known."""
 
@@ -78,7 +78,7 @@ class Overlap:
     """Text that occurs there letter for letter, whatever the images."""
     normalized: int = 0
     """The same after ``normalized``."""
-    picture: int = 0
+    image: int = 0
     """All its images occur there, whatever the text."""
     same: int = 0
     """Text (normalized) and images: the same prompt."""
@@ -111,7 +111,7 @@ def normalized(text: str) -> str:
 def without_wording(text: str, wordings: Iterable[str]) -> str:
     """A normalized text without the longest of these beginnings, such as "draw" or "a picture of".
 
-    >>> without_wording("picture of red circle", ["A picture of", "draw"])
+    >>> without_wording("image of red circle", ["An image of", "draw"])
     'red circle'
     """
     found = [w for w in map(normalized, wordings) if text.startswith(f"{w} ")]
@@ -180,7 +180,7 @@ class Index:
         self._texts: set[str] = set()
         self._said: set[str] = set()
         self._ngrams: set[tuple[str, ...]] = set()
-        self._pictures: set[str] = set()
+        self._images: set[str] = set()
         self._prompts: dict[tuple[str, ...], str] = {}
         self._contents: dict[str, str] = {}
         self._phashes: dict[tuple[str, int], dict[bytes, str]] = {}
@@ -192,23 +192,23 @@ class Index:
         return without_wording(normalized(prompt.text), self._wordings)
 
     def _add(self, prompt: ComparedPrompt) -> None:
-        said, digests = self.text_key(prompt), [picture.digest for picture in prompt.pictures]
+        said, digests = self.text_key(prompt), [image.digest for image in prompt.images]
         self.size += 1
         self._texts.add(prompt.text.strip())
-        self._pictures.update(digests)
+        self._images.update(digests)
         if said not in self._said:
             self._said.add(said)
             self._ngrams |= ngrams(said)
         self._prompts.setdefault((said, *digests), prompt.where)
         if prompt.content:
             self._contents.setdefault(prompt.content, prompt.where)
-        phash = b"".join(picture.phash for picture in prompt.pictures)
+        phash = b"".join(image.phash for image in prompt.images)
         if phash:
             self._phashes.setdefault((said, len(phash)), {}).setdefault(phash, prompt.where)
 
     def same(self, prompt: ComparedPrompt) -> str | None:
         """Locations of the same prompt: equal text and images."""
-        return self._prompts.get((self.text_key(prompt), *(picture.digest for picture in prompt.pictures)))
+        return self._prompts.get((self.text_key(prompt), *(image.digest for image in prompt.images)))
 
     def content(self, prompt: ComparedPrompt) -> str | None:
         """Locations of the same content."""
@@ -216,7 +216,7 @@ class Index:
 
     def near_duplicate(self, prompt: ComparedPrompt) -> str | None:
         """Locations of the same text with similar images."""
-        phash = b"".join(picture.phash for picture in prompt.pictures)
+        phash = b"".join(image.phash for image in prompt.images)
         others = self._phashes.get((self.text_key(prompt), len(phash))) if phash else None
         if not others:
             return None
@@ -224,7 +224,7 @@ class Index:
             return others[phash]
         differing = differing_bits(phash, list(others))
         nearest = int(differing.argmin())
-        return list(others.values())[nearest] if differing[nearest] <= PHASH_BITS * len(prompt.pictures) else None
+        return list(others.values())[nearest] if differing[nearest] <= PHASH_BITS * len(prompt.images) else None
 
     def overlaps(self, prompts: Iterable[ComparedPrompt]) -> list[Overlap]:
         """The overlap of another set with this one, per task."""
@@ -234,12 +234,12 @@ class Index:
         return list(found.values())
 
     def _count(self, overlap: Overlap, prompt: ComparedPrompt) -> None:
-        said, pictures = self.text_key(prompt), prompt.pictures
+        said, images = self.text_key(prompt), prompt.images
         grams = ngrams(said)
         overlap.prompts += 1
         overlap.verbatim += prompt.text.strip() in self._texts
         overlap.normalized += said in self._said
-        overlap.picture += bool(pictures) and all(picture.digest in self._pictures for picture in pictures)
+        overlap.image += bool(images) and all(image.digest in self._images for image in images)
         overlap.some_ngrams += not grams.isdisjoint(self._ngrams)
         overlap.all_ngrams += grams <= self._ngrams
         shared: dict[Leak, str | None] = {
@@ -265,7 +265,7 @@ def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
     found: list[Shared] = []
     known: dict[tuple[str, ...], str] = {}
     for each in prompts:
-        key = (each.task, normalized(each.text), *(picture.digest for picture in each.pictures))
+        key = (each.task, normalized(each.text), *(image.digest for image in each.images))
         if key in known:
             found.append(Shared("prompt", each.where, known[key]))
         known.setdefault(key, each.where)
@@ -273,19 +273,19 @@ def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
 
 
 def compared_rows(
-    rows: Iterable[tuple[str, str, str, tuple[ImageFile, ...]]], picture: Callable[[ImageFile], ComparedImage]
+    rows: Iterable[tuple[str, str, str, tuple[ImageFile, ...]]], image: Callable[[ImageFile], ComparedImage]
 ) -> Iterable[ComparedPrompt]:
     """(where, task, text, image files) of rows as prompts to compare; each file is looked at once."""
     known: dict[str, ComparedImage] = {}
     for where, task, text, files in rows:
         for file in files:
             if str(file) not in known:
-                known[str(file)] = picture(file)
+                known[str(file)] = image(file)
         content = operands(text) if task == "reason" and not files else ""
         yield ComparedPrompt(where, task, text, tuple(known[str(file)] for file in files), content)
 
 
 def prompts_fingerprint(prompts: Iterable[ComparedPrompt]) -> str:
     """A hash of a set of prompts, whatever their order, wordings aside: equal sets ask the same."""
-    keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.pictures]}" for each in prompts)
+    keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.images]}" for each in prompts)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()

@@ -13,9 +13,9 @@ from lvrpo.data.geneval import Metadata, facts_of
 Record = Mapping[str, Any]
 """A row of a data set. Any: what its columns hold."""
 Fields = dict[str, Any]
-"""Fields of ``lvrpo.data.rows.Row``; a picture is a path, or what the column holds. Any: values of a row."""
+"""Fields of ``lvrpo.data.rows.Row``; an image is a path, or what the column holds. Any: values of a row."""
 
-PICTURES = ("image", "images", "jpg", "jpeg", "png", "webp", "picture")
+IMAGES = ("image", "images", "jpg", "jpeg", "png", "webp", "picture")
 TEXTS = ("prompt", "caption", "text", "txt", "description")
 
 
@@ -29,9 +29,9 @@ def pick(record: Record, names: Sequence[str], required: bool = True) -> Any:
     return None
 
 
-def pictures(record: Record) -> list[Any]:
-    """The pictures of a record, whether its column holds one or a list. Any: a path, or what the column holds."""
-    found = pick(record, PICTURES, required=False)
+def images(record: Record) -> list[Any]:
+    """The images of a record, whether its column holds one or a list. Any: a path, or what the column holds."""
+    found = pick(record, IMAGES, required=False)
     return [] if found is None else list(found) if isinstance(found, list) else [found]
 
 
@@ -53,14 +53,14 @@ def prompts(record: Record) -> Fields:
 
 
 def captions(record: Record) -> Fields:
-    """Pictures with a caption: the caption is drawn, the picture is the target to imitate."""
-    return prompts(record) | {"target": [pick(record, PICTURES)]}
+    """Images with a caption: the caption is drawn, the image is the target to imitate."""
+    return prompts(record) | {"target": [pick(record, IMAGES)]}
 
 
 def pickapic(record: Record) -> Fields:
-    """Pick-a-Pic (arXiv:2305.01569): ``caption`` is drawn; the target is the picture that was preferred.
+    """Pick-a-Pic (arXiv:2305.01569): ``caption`` is drawn; the target is the image that was preferred.
 
-    The other picture of the pair is not used, nor is a target where neither was preferred.
+    The other image of the pair is not used, nor is a target where neither was preferred.
     """
     first, second = record.get("label_0"), record.get("label_1")
     chosen = None
@@ -88,7 +88,7 @@ def geneval(record: Record) -> Fields:
 
 
 def gedit(record: Record) -> Fields:
-    """GEdit-Bench (arXiv:2504.17761) and sets like it: a source picture and an ``instruction``."""
+    """GEdit-Bench (arXiv:2504.17761) and sets like it: a source image and an ``instruction``."""
     source = pick(record, ("input_image_raw", "input_image", "source_image", "source", "image"))
     target = pick(record, ("edited_image", "target_image", "output_image"), required=False)
     fields: Fields = {
@@ -104,17 +104,17 @@ def gedit(record: Record) -> Fields:
 
 
 def labels(record: Record) -> Fields:
-    """A folder of pictures with a folder per class: asks for the object in the picture; the class is the answer."""
+    """A folder of images with a folder per class: asks for the object in the image; the class is the answer."""
     return {
         "task": "understand",
-        "images": [pick(record, PICTURES)],
+        "images": [pick(record, IMAGES)],
         "prompt": "what is in the picture ?",
         "answer": str(pick(record, ("label", "class", "cls"))),
     }
 
 
 def scienceqa(record: Record) -> Fields:
-    """ScienceQA (arXiv:2209.09513): a choice by its letter, of a picture where there is one."""
+    """ScienceQA (arXiv:2209.09513): a choice by its letter, of an image where there is one."""
     letters = "ABCDEFGHIJ"
     choices, answer = list(pick(record, ("choices",))), record.get("answer")
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(letters):
@@ -125,7 +125,7 @@ def scienceqa(record: Record) -> Fields:
         pick(record, ("question",)),
         *(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=False)),
     ]
-    shown = pictures(record)
+    shown = images(record)
     return {
         "task": "understand" if shown else "reason",
         "images": shown,
@@ -149,7 +149,7 @@ def turns(conversation: Any) -> list[tuple[str, str]]:
         if speaker not in ROLES:
             raise ValueError(f"a turn is of {speaker!r}: must be {', '.join(ROLES)}")
         content = turn.get("value", turn.get("content"))
-        if isinstance(content, list):  # parts of text and images; the pictures stand in their own column
+        if isinstance(content, list):  # parts of text and images; the images stand in their own column
             content = "\n".join(part["text"] for part in content if part.get("text"))
         found.append((ROLES[speaker], str(content or "").replace("<image>", "").strip()))
     return found
@@ -172,14 +172,14 @@ def exchange(conversation: Any, answered: bool) -> tuple[str, str]:
 
 
 def question(shown: list[Any], text: str) -> Fields:
-    """A question about pictures, or without any."""
+    """A question about images, or without any."""
     return {"task": "understand" if shown else "reason", "images": shown, "prompt": text}
 
 
 def conversations(record: Record) -> Fields:
     """LLaVA and ShareGPT: the first question of ``conversations``; the reply is the target, and no exact answer."""
     text, reply = exchange(pick(record, ("conversations",)), answered=True)
-    return question(pictures(record), text) | {"target": [reply]}
+    return question(images(record), text) | {"target": [reply]}
 
 
 ANSWERS = ("answer", "solution", "ground_truth")
@@ -188,7 +188,7 @@ ANSWERS = ("answer", "solution", "ground_truth")
 
 def other_columns(record: Record, used: Collection[str | None]) -> Fields:
     """The field ``metadata`` of the columns without a use of their own that JSON can hold, if there are any."""
-    found = {name: value for name, value in record.items() if name not in (*used, *PICTURES) and _is_json(value)}
+    found = {name: value for name, value in record.items() if name not in (*used, *IMAGES) and _is_json(value)}
     return {"metadata": found} if found else {}
 
 
@@ -212,12 +212,12 @@ def trl(record: Record) -> Fields:
         known["answer"] = str(record[answered])
     if record.get("messages") is not None:
         text, reply = exchange(record["messages"], answered=True)
-        return question(pictures(record), text) | {"target": [reply]} | known
+        return question(images(record), text) | {"target": [reply]} | known
     prompt, reply = pick(record, ("prompt",)), record.get("completion")
     text = prompt if isinstance(prompt, str) else exchange(prompt, answered=False)[0]
     if isinstance(reply, list):
         reply = next((text for role, text in turns(reply) if role == "assistant"), None)
-    return question(pictures(record), text) | ({} if reply is None else {"target": [reply]}) | known
+    return question(images(record), text) | ({} if reply is None else {"target": [reply]}) | known
 
 
 PRESETS: Mapping[str, Callable[[Record], Fields]] = {

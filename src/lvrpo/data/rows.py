@@ -38,7 +38,7 @@ class _Strict(BaseModel):
 
 
 class RowFact(_Strict):
-    """One statement about the picture to be drawn, as a question with its answer."""
+    """One statement about the image to be drawn, as a question with its answer."""
 
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
@@ -91,7 +91,7 @@ class Row(_Strict):
     prompt: str = Field(min_length=1)
     """The question, the description or the instruction."""
     images: list[str] = Field(default_factory=list)
-    """Picture files, relative to the folder of the file; they come before the text."""
+    """Image files, relative to the folder of the file; they come before the text."""
     answer: str | None = None
     """The right answer, where there is one."""
     facts: list[RowFact] = Field(default_factory=list)
@@ -105,9 +105,9 @@ class Row(_Strict):
     """The outputs in order; by default text (understand, reason) or image (generate, edit)."""
     edited: str | list[list[int]] | None = None
     """The region of its source (the last of ``images``) that an edit may change, for ``edit_consistency``: boxes
-    [left, top, right, bottom] in pixels, the last two excluded; or a picture file of its size, white where it may."""
+    [left, top, right, bottom] in pixels, the last two excluded; or an image file of its size, white where it may."""
     target: str | list[str] | None = None
-    """Outputs to imitate, for supervised rows: a text or a picture file for each entry of ``output``."""
+    """Outputs to imitate, for supervised rows: a text or an image file for each entry of ``output``."""
 
     @property
     def kinds(self) -> tuple[OutputKind, ...]:
@@ -126,12 +126,12 @@ class Row(_Strict):
         if not self.prompt.strip():
             raise ValueError("field 'prompt' is blank: write the question, the description or the instruction")
         if self.task in ("understand", "edit") and not self.images:
-            raise ValueError(f"task '{self.task}' needs a picture: give field 'images', such as [\"0.png\"]")
+            raise ValueError(f"task '{self.task}' needs an image: give field 'images', such as [\"0.png\"]")
         if self.output and self.task != "reason" and tuple(self.output) != _DEFAULT_OUTPUT[self.task]:
             raise ValueError(f"task '{self.task}' produces {_DEFAULT_OUTPUT[self.task][0]}: leave out field 'output'")
         if self.rules is not None and "text" not in self.kinds:
             raise ValueError(
-                "field 'rules' is about texts, and this row produces a picture: leave it out, or give facts"
+                "field 'rules' is about texts, and this row produces an image: leave it out, or give facts"
             )
         if self.edited is not None and self.task != "edit":
             raise ValueError(f"field 'edited' is about edits, and task is '{self.task}': leave it out")
@@ -205,12 +205,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# --- rows with their pictures ---
+# --- rows with their images ---
 
 
 @dataclass(frozen=True)
 class Line:
-    """A validated row with its pictures."""
+    """A validated row with its images."""
 
     row: Row
     id: str
@@ -225,9 +225,9 @@ class Line:
 
 
 def make_line(data: Any, where: str, default_id: str, source: str, find: Callable[[str], ImageFile]) -> Line:
-    """The row of decoded JSON with its pictures; raises InputError that begins with ``where``. Any: decoded JSON.
+    """The row of decoded JSON with its images; raises InputError that begins with ``where``. Any: decoded JSON.
 
-    ``find``: the picture of a name.
+    ``find``: the image of a name.
     """
     try:
         row = parse_row(data)
@@ -277,7 +277,7 @@ def require_texts(check: Callable[[str], None], where: str, texts: Sequence[str]
 
 
 CACHED_IMAGES = 1024
-"""Maximum number of decoded pictures kept in memory."""
+"""Maximum number of decoded images kept in memory."""
 
 
 class RowPrompts(Task):
@@ -294,7 +294,7 @@ class RowPrompts(Task):
         """Goes through all lines once. Raises InputError for two rows with one id, and where there are none.
 
         ``name``: in messages. ``lines``: at random access; they may be read anew at each access. ``side``: of the
-        square pictures that the model reads, to which others are brought (None: as they are). ``problems``: errors of
+        square images that the model reads, to which others are brought (None: as they are). ``problems``: errors of
         rows are added here, and those rows left out, instead of an exception for the first.
         """
         self.name, self.seed, self.side = name, seed, side
@@ -307,7 +307,7 @@ class RowPrompts(Task):
         """The lines that are used."""
 
     def _valid_numbers(self, problems: list[str] | None) -> list[int]:
-        """Sorts the lines by task; one warning for all pictures of another size than the model's."""
+        """Sorts the lines by task; one warning for all images of another size than the model's."""
         seen: dict[str, str] = {}
         sizes: dict[ImageFile, tuple[int, int]] = {}
         numbers: list[int] = []
@@ -332,7 +332,7 @@ class RowPrompts(Task):
         odd = sorted((str(file), size) for file, size in sizes.items() if size != (self.side, self.side))
         if odd:
             file, (height, width) = odd[0]
-            which = f"{file} has" if len(odd) == 1 else f"{len(odd)} pictures, such as {file} with"
+            which = f"{file} has" if len(odd) == 1 else f"{len(odd)} images, such as {file} with"
             warnings.warn(
                 f"{self.name}: {which} {width} x {height} pixels: the middle square is resized to {self.side} x "
                 f"{self.side}",
@@ -374,11 +374,11 @@ class RowPrompts(Task):
         return {"rows": len(rows), **given, "category": len({row.category for row in rows if row.category})}
 
     def rows(self) -> Iterator[tuple[str, TaskKind, str, tuple[ImageFile, ...]]]:
-        """(file:line, task, text, picture files) of every row, in order."""
+        """(file:line, task, text, image files) of every row, in order."""
         return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._all())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all rows in order, pictures included by the bytes of their files."""
+        """SHA-256 of all rows in order, images included by the bytes of their files."""
         total = hashlib.sha256()
         for line in self._all():
             files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, ImageFile)]
@@ -400,7 +400,7 @@ class RowPrompts(Task):
         return [self._example(self._lines[number]) for number in self._by_task[task][:n]]
 
     def of_text_alone(self) -> Iterator[Prompt]:
-        """The rows without pictures, in order."""
+        """The rows without images, in order."""
         return (self._prompt(line) for line in self._all() if not line.images)
 
     def require_readable(self, check: Callable[[str], None], everything: bool = False) -> None:
@@ -427,9 +427,7 @@ class RowPrompts(Task):
         """The prompt with the row's target. Raises InputError for a row without one."""
         line = self._line(task, index)
         if not line.targets:
-            raise InputError(
-                f"{line.where}: no field 'target': supervised training needs the text or picture to imitate"
-            )
+            raise InputError(f"{line.where}: no field 'target': supervised training needs the text or image to imitate")
         return self._example(line)
 
     def _example(self, line: Line) -> Example:

@@ -35,7 +35,7 @@ BUILDERS = {
 }
 """The builder of ``datasets`` that reads a file, by the end of its name."""
 ALLOWED = (*BUILDERS.values(), "imagefolder")
-"""Builders that are used; others read formats that may hold code (pickles), or no pictures and texts."""
+"""Builders that are used; others read formats that may hold code (pickles), or no images and texts."""
 _EXPRESSION = re.compile(r"([\w.\-]+)(?:\[(\d+%?)?:(\d+%?)?\])?")
 TAR_END = bytes(512)
 """The last block of a tar archive that is whole."""
@@ -126,7 +126,7 @@ def count_rows(library: ModuleType, kind: str, file: str) -> int:
 
 
 def _stream(library: ModuleType, **arguments: Any) -> Any:
-    """A stream of rows whose pictures are not decoded, which is left to ``lvrpo.images`` and its safe formats."""
+    """A stream of rows whose images are not decoded, which is left to ``lvrpo.images`` and its safe formats."""
     stream = library.load_dataset(**arguments, streaming=True)
     if stream.features is None:
         stream = stream._resolve_features()
@@ -199,7 +199,7 @@ def _streamed(arguments: Mapping[str, Any], split: str, taken: range, files: Seq
 
 
 def _fetched(value: Any) -> Any:
-    """A value whose pictures are held by their bytes, wherever their files lie."""
+    """A value whose images are held by their bytes, wherever their files lie."""
     if isinstance(value, list):
         return [_fetched(each) for each in value]
     if is_image(value) and value["bytes"] is None and value["path"] is not None:

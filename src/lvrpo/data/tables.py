@@ -27,7 +27,7 @@ from lvrpo.errors import InputError
 from lvrpo.images import ImageFile, StoredImage, check_image, load_image
 from lvrpo.types import Split, TaskKind
 
-PICTURE_FIELDS = ("images", "target", "edited")
+IMAGE_FIELDS = ("images", "target", "edited")
 
 
 class DatasetConfig(Config):
@@ -41,7 +41,7 @@ class DatasetConfig(Config):
     """Commit or tag of a data set on the Hub."""
     train: str | None = Field(default=None, min_length=1)
     """With ``path``: a split and a range of its rows, such as train, train[:2000] or train[90%:]. Without: a file, or
-    a glob of files (json, jsonl, csv, parquet, arrow, txt, or tar shards of WebDataset), or a folder of pictures."""
+    a glob of files (json, jsonl, csv, parquet, arrow, txt, or tar shards of WebDataset), or a folder of images."""
     validation: str | None = Field(default=None, min_length=1)
     """Held-out rows that validation scores; as ``train``."""
     test: str | None = Field(default=None, min_length=1)
@@ -61,9 +61,9 @@ class DatasetConfig(Config):
     """Read only the rows of the range, which must end, such as train[:20000], without fetching the rest; they are kept
     in the cache of ``datasets``, from which a resumed run reads the same rows in the same order."""
     root: Path | None = None
-    """Folder of the pictures that rows name by path; by default that of the files."""
+    """Folder of the images that rows name by path; by default that of the files."""
     check: Literal["headers", "pixels"] = "headers"
-    """Validation of every picture before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
+    """Validation of every image before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -104,7 +104,7 @@ class DatasetPrompts(RowPrompts):
     ) -> None:
         """Reads and checks every row. Raises InputError, one line that names file and row.
 
-        ``side``: of the square pictures that the model reads, to which others are brought (None: as they are).
+        ``side``: of the square images that the model reads, to which others are brought (None: as they are).
         ``problems``: as for ``RowPrompts``.
         """
         named = [(n, each) for n, each in enumerate(config) if getattr(each, split) is not None]
@@ -148,7 +148,7 @@ class _Records:
     rows: Sequence[int]
     """The rows of the split that the records are."""
     folder: Path
-    """Folder that picture files are relative to."""
+    """Folder that image files are relative to."""
     others: Path | None = None
     """Another such folder."""
     features: Mapping[str, Any] = field(default_factory=dict)
@@ -203,12 +203,12 @@ class _Records:
         record = {name: plain(value, self.features[name]) for name, value in stored.items()}
         try:
             fields = mapped(record, self.config)
-            pictures: dict[str, ImageFile] = {}
-            for name in PICTURE_FIELDS:
+            images: dict[str, ImageFile] = {}
+            for name in IMAGE_FIELDS:
                 if name in fields:
                     # the prefix: two sets may have one label, or show different columns of one file
-                    fields[name] = _named_pictures(fields[name], f"{where}: {self.prefix}{name}", pictures)
-            line = make_line(fields, where, key, self.label, lambda name: self._picture(name, pictures, where))
+                    fields[name] = _named_images(fields[name], f"{where}: {self.prefix}{name}", images)
+            line = make_line(fields, where, key, self.label, lambda name: self._image(name, images, where))
         except (ValueError, InputError) as error:
             message = " ".join(str(error).split()).removeprefix(f"{where}: ")
             raise InputError(f"{self._where(number, stored, exact=True)}: {message}{self._hint(message)}") from None
@@ -220,8 +220,8 @@ class _Records:
             return ""
         return f" (columns: {{FIELD: COLUMN}}, or a preset; its columns are {', '.join(self.features)})"
 
-    def _picture(self, name: str, pictures: Mapping[str, ImageFile], where: str) -> ImageFile:
-        decode, stored = self.config.check == "pixels", pictures.get(name)
+    def _image(self, name: str, images: Mapping[str, ImageFile], where: str) -> ImageFile:
+        decode, stored = self.config.check == "pixels", images.get(name)
         if stored is None:
             return image_path(self.folder, name, where, decode, self.others)
         load_image(stored) if decode else check_image(stored)
@@ -284,8 +284,8 @@ def mapped(record: Mapping[str, Any], config: DatasetConfig) -> dict[str, Any]:
         fields[name] = None if column is None else _part(available, column)
     if config.task is not None and fields.get("task") is None:
         fields["task"] = config.task
-    pictures = {name: value for name, value in fields.items() if name in PICTURE_FIELDS and value is not None}
-    fields = without_nulls({name: value for name, value in fields.items() if name not in PICTURE_FIELDS}) | pictures
+    images = {name: value for name, value in fields.items() if name in IMAGE_FIELDS and value is not None}
+    fields = without_nulls({name: value for name, value in fields.items() if name not in IMAGE_FIELDS}) | images
     if "images" in fields and not isinstance(fields["images"], list):
         fields["images"] = [fields["images"]]
     for name in ("id", "prompt", "answer", "category"):
@@ -309,13 +309,13 @@ def _part(record: Mapping[str, Any], column: str) -> Any:
     return found
 
 
-def _named_pictures(value: Any, name: str, pictures: dict[str, ImageFile]) -> Any:
-    """The value of a field with names in place of pictures, which are added to ``pictures``. Any: of a column."""
+def _named_images(value: Any, name: str, images: dict[str, ImageFile]) -> Any:
+    """The value of a field with names in place of images, which are added to ``images``. Any: of a column."""
     if isinstance(value, list):
-        return [_named_pictures(each, f"{name}.{i}", pictures) for i, each in enumerate(value)]
+        return [_named_images(each, f"{name}.{i}", images) for i, each in enumerate(value)]
     if is_image(value):
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, bytes):
-        pictures[name] = StoredImage(name, value)
+        images[name] = StoredImage(name, value)
         return name
     return value

@@ -40,7 +40,7 @@ class Item:
     """Reason of a missing score; "" if every sample has one."""
 
     def without_images(self) -> Item:
-        """The item with the texts of its outputs only, because pictures of many prompts do not fit into memory."""
+        """The item with the texts of its outputs only, because images of many prompts do not fit into memory."""
         texts = tuple(
             replace(t, segments=tuple(s for s in t.segments if isinstance(s, TextSegment)))
             for t in self.group.trajectories
@@ -62,9 +62,9 @@ class ItemRecord(Record):
 
 
 class ItemStore:
-    """A folder with one folder per benchmark: settings.json, items.jsonl and the pictures that were drawn.
+    """A folder with one folder per benchmark: settings.json, items.jsonl and the images that were drawn.
 
-    ``items.jsonl`` has a line per prompt: what was asked, every output (pictures by file name) with its score, and why
+    ``items.jsonl`` has a line per prompt: what was asked, every output (images by file name) with its score, and why
     a score is missing. An item without a score is evaluated again when the evaluation is resumed.
     """
 
@@ -150,16 +150,16 @@ class ItemFolder:
         return prompt.id in self._lines
 
     def write(self, items: Sequence[Item]) -> None:
-        """Appends items, their pictures first; what a killed process left of a line is overwritten by a resumed one."""
+        """Appends items, their images first; what a killed process left of a line is overwritten by a resumed one."""
         rows = []
         for item in items:
-            prompt, pictures = item.group.prompt, []
+            prompt, images = item.group.prompt, []
             for member, trajectory in enumerate(item.group.trajectories):
                 if trajectory.image is not None:
                     name = f"{file_name(prompt.id)}-{member}.png"
                     with disk_errors(self.folder):
                         write_atomic(self.folder / name, png(trajectory.image))
-                    pictures.append(name)
+                    images.append(name)
             row = {
                 "id": prompt.id,
                 "asked": prompt_digest(prompt),
@@ -171,7 +171,7 @@ class ItemFolder:
                 "read_back": None if item.read_back is None else list(vars(item.read_back).values()),
                 "failure": item.failure,
                 "texts": [trajectory.text for trajectory in item.group.trajectories],
-                "images": pictures,
+                "images": images,
             }
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
         with disk_errors(self._file):
@@ -179,7 +179,7 @@ class ItemFolder:
                 file.write("".join(rows).encode())
             sync(self._file)
 
-    def pictures(self, prompt: Prompt, samples: int) -> list[bytes]:
+    def images(self, prompt: Prompt, samples: int) -> list[bytes]:
         """The PNG files of a prompt; raises InputError for one that is missing or damaged."""
         found = []
         for member in range(samples):

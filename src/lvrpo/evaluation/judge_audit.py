@@ -72,12 +72,12 @@ class _PairBuilder:
                 yield cluster, category, Layout(rng, "validation", self.size // CELL)
 
     def drawings(self) -> Iterator[MinimalPair]:
-        """Pictures for a caption: one object changed, and the facts that this breaks."""
+        """Images for a caption: one object changed, and the facts that this breaks."""
         for cluster, category, layout in self._layouts("drawing", grammar.GENERATE):
             d = layout.describe(category)
             prompt = Prompt(cluster, "generate", (d.caption.text(),), ("image",))
             stated = facts.caption_facts(d.caption)
-            yield from self._pictures(prompt, "prompt", stated, d.scene, _corrupted_scenes(d.scene, layout))
+            yield from self._images(prompt, "prompt", stated, d.scene, _corrupted_scenes(d.scene, layout))
 
     def edits(self) -> Iterator[MinimalPair]:
         """Results of an edit: the unedited source, and the right result with a further change."""
@@ -90,7 +90,7 @@ class _PairBuilder:
                 wrong["also changed"] = changed[name]
             parts, edited = (render(e.source, self.size), e.instruction), cells_mask(e.cells, self.size)
             prompt = Prompt(cluster, "edit", parts, ("image",), edited=edited)
-            yield from self._pictures(prompt, "instruction", e.facts, e.target, wrong)
+            yield from self._images(prompt, "instruction", e.facts, e.target, wrong)
 
     def thoughts(self) -> Iterator[MinimalPair]:
         """A drawn digit that is, or is not, the one in the thought."""
@@ -100,8 +100,8 @@ class _PairBuilder:
             o = r.drawing.objects[0]
             wrong = r.drawing.with_object(o, _another_digit(o, layout))
             prompt = Prompt(cluster, "reason", (r.text,), ("text", "image"))
-            pictures = [(r.answer, render(scene, self.size)) for scene in (r.drawing, wrong)]
-            yield MinimalPair("image", "thought", "digit", cluster, offline_group(prompt, pictures))
+            images = [(r.answer, render(scene, self.size)) for scene in (r.drawing, wrong)]
+            yield MinimalPair("image", "thought", "digit", cluster, offline_group(prompt, images))
 
     def answers(self) -> Iterator[MinimalPair]:
         """Answers to questions: the right one and a wrong one of the same kind."""
@@ -125,14 +125,14 @@ class _PairBuilder:
             for error, wrong in _corrupted_captions(d, layout.rng).items():
                 yield MinimalPair("text", "caption", error, cluster, offline_group(prompt, [(right,), (wrong,)]))
 
-    def _pictures(
+    def _images(
         self, prompt: Prompt, whole: str, stated: Sequence[Fact], right: Scene, wrong: Mapping[str, Scene]
     ) -> Iterator[MinimalPair]:
-        """Pairs for the whole prompt, and for every single fact that only the right picture satisfies."""
-        pictures = {name: render(scene, self.size) for name, scene in {"": right, **wrong}.items()}
-        readings = dict(zip(pictures, read(list(pictures.values())), strict=True))
+        """Pairs for the whole prompt, and for every single fact that only the right image satisfies."""
+        images = {name: render(scene, self.size) for name, scene in {"": right, **wrong}.items()}
+        readings = dict(zip(images, read(list(images.values())), strict=True))
         for name in wrong:
-            pair: list[tuple[Part, ...]] = [(pictures[""],), (pictures[name],)]
+            pair: list[tuple[Part, ...]] = [(images[""],), (images[name],)]
             holds, broken = (fact_results(stated, readings[which]) for which in ("", name))
             lost = [fact for fact, before, after in zip(stated, holds, broken, strict=True) if before and not after]
             if lost:
@@ -229,7 +229,7 @@ REWARDS = (
     RewardConfig(name="caption_back"),
     RewardConfig(name="knowledge", tasks=("understand",)),
 )
-"""The default rewards; ``knowledge`` is the judge's likelihood of a text about a picture."""
+"""The default rewards; ``knowledge`` is the judge's likelihood of a text about an image."""
 
 
 def audit_judge(

@@ -19,11 +19,11 @@ from lvrpo.statistics import Interval, mean_interval, paired_difference
 from lvrpo.types import Image, Parts
 
 Direction = Literal["see_and_plan", "name_and_form"]
-"""see_and_plan: the understanding expert over the picture, the generation expert about to draw from the text;
-name_and_form: the understanding expert over the text, the generation expert over the noisy picture."""
+"""see_and_plan: the understanding expert over the image, the generation expert about to draw from the text;
+name_and_form: the understanding expert over the text, the generation expert over the noisy image."""
 BATCH_SIZE = 64
 NOISY_T = 0.3
-"""Flow time t of the noisy picture that the generation expert reads."""
+"""Flow time t of the noisy image that the generation expert reads."""
 MIN_BATCHES = 4
 """Minimum number of batches of held-out pairs, for an estimate of the spread."""
 
@@ -37,7 +37,7 @@ class HasStates(Protocol):
         ...
 
     def generation_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> Tensor:
-        """Mean final state of the generation expert over each noisy picture after its context, float32 (B, D)."""
+        """Mean final state of the generation expert over each noisy image after its context, float32 (B, D)."""
         ...
 
 
@@ -64,10 +64,10 @@ def measure_information(
     negatives: int = 128,
     seed: int = 0,
 ) -> Information:
-    """The bound for captions and pictures of the built-in world; the critic is fitted on train, applied to test scenes.
+    """The bound for captions and images of the built-in world; the critic is fitted on train, applied to test scenes.
 
     The two experts read different modalities, so shared information is what the model has learned about text and
-    picture together. ``pairs``: held out; twice as many fit the critic. ``negatives``: N.
+    image together. ``pairs``: held out; twice as many fit the critic. ``negatives``: N.
 
     Raises InputError for a policy without states, and for too few pairs.
     """
@@ -88,15 +88,15 @@ def measure_information(
 
 
 def _scene_pairs(split: Any, count: int, size: int, seed: int) -> tuple[list[str], list[Image]]:
-    """Captions and pictures of the built-in world. Any: one of its splits."""
+    """Captions and images of the built-in world. Any: one of its splits."""
     source = ScenePrompts(ScenesConfig(size=size), split, seed)
     texts, images = [], []
     for i in range(count):
         example = source.example("generate", i)
-        picture = example.outputs[0]
-        assert not isinstance(picture, str)
+        image = example.outputs[0]
+        assert not isinstance(image, str)
         texts.append(str(example.prompt.parts[0]))
-        images.append(picture)
+        images.append(image)
     return texts, images
 
 
@@ -196,12 +196,12 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     read, drawn = [], []
     for start in range(0, len(texts), BATCH_SIZE):
-        captions, pictures = texts[start : start + BATCH_SIZE], images[start : start + BATCH_SIZE]
+        captions, shown = texts[start : start + BATCH_SIZE], images[start : start + BATCH_SIZE]
         if direction == "see_and_plan":
-            read.append(policy.context_states([(picture,) for picture in pictures]))
-            drawn.append(policy.generation_states([(text,) for text in captions], pictures, 1.0, seed))
+            read.append(policy.context_states([(image,) for image in shown]))
+            drawn.append(policy.generation_states([(text,) for text in captions], shown, 1.0, seed))
         else:
             read.append(policy.context_states([(text,) for text in captions]))
-            drawn.append(policy.generation_states([() for _ in captions], pictures, NOISY_T, seed))
+            drawn.append(policy.generation_states([() for _ in captions], shown, NOISY_T, seed))
     one, other = (functional.normalize(torch.cat(states).float().cpu(), dim=1) for states in (read, drawn))
     return one, other

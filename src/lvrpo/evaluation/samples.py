@@ -1,4 +1,4 @@
-"""Samples of an evaluation: a few outputs per category with their pictures, as the report reads them."""
+"""Samples of an evaluation: a few outputs per category with their images, as the report reads them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def first_per_category(name: str, prompts: Sequence[Prompt]) -> list[int]:
 
 
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
-    """Writes eval/PHASE.json, with the pictures of the kept samples in eval/PHASE/ and eval/sources/."""
+    """Writes eval/PHASE.json, with the images of the kept samples in eval/PHASE/ and eval/sources/."""
     groups = [(name, group) for name, kept in evaluation.groups.items() for group in kept]
     rewards = {
         (name, prompt): score
@@ -70,7 +70,7 @@ def write_samples(
     successes: Mapping[SampleKey, float],
     rewards: Mapping[SampleKey, float] | None = None,
 ) -> list[Sample]:
-    """One row per group, each with its benchmark, of its first member; writes the pictures.
+    """One row per group, each with its benchmark, of its first member; writes the images.
 
     ``successes``: nan where it failed; ``rewards``: scores where success is not defined.
     """
@@ -87,9 +87,9 @@ def write_samples(
         if output.image is not None:
             image = f"eval/{phase}/{number:05d}.png"
             run.write_bytes(image, png(output.image))
-        picture = next(iter(prompt.images), None)
-        if picture is not None:
-            content = png(picture)
+        shown = next(iter(prompt.images), None)
+        if shown is not None:
+            content = png(shown)
             source = f"eval/sources/{hashlib.blake2b(content, digest_size=8).hexdigest()}.png"
             if not (run.path / source).exists():
                 run.write_bytes(source, content)

@@ -33,7 +33,7 @@ GENERATE = Benchmark(
     pass_at_k_samples=PASS_AT_K_SAMPLES,
     validation=_validation("generate"),
 )
-"""Pictures that show all facts of the prompt, drawn without guidance."""
+"""Images that show all facts of the prompt, drawn without guidance."""
 GENERATE_GUIDED = Benchmark(
     "generate_guided",
     partial(held_out_prompts, "generate"),
@@ -49,7 +49,7 @@ GENERATE_PARAPHRASED = Benchmark(
 UNDERSTAND = Benchmark(
     "understand", partial(held_out_prompts, "understand"), n=2400, validation=_validation("understand")
 )
-"""Questions about pictures, greedy."""
+"""Questions about images, greedy."""
 UNDERSTAND_PARAPHRASED = Benchmark(
     "understand_paraphrased", partial(held_out_prompts, "understand", wording="paraphrased"), n=600
 )

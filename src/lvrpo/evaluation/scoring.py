@@ -61,7 +61,7 @@ def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | N
 
 def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
     """For the first image of each group: stated facts found by the reader, found by the verifier, and the number on
-    which they agree; None without an image, facts that a verifier can check, or a picture that can be read."""
+    which they agree; None without an image, facts that a verifier can check, or an image that can be read."""
     reward = SelfVQA()
     found: list[ReadBack | None] = [None] * len(groups)
     for places in _batches(groups, reward):

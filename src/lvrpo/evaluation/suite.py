@@ -257,7 +257,7 @@ def evaluate(
     """Scores ``policy``; prompts, seeds and noise are the same for every policy, so that differences are paired.
 
     ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects, by place, the prompts whose outputs are
-    returned, with their pictures, which are dropped of all others. The first sample of a prompt does not depend on how
+    returned, with their images, which are dropped of all others. The first sample of a prompt does not depend on how
     many are drawn. Raises InputError where ``options.tuned`` was tuned on one of the prompts, and for a benchmark of a
     task that the policy cannot do. A policy that draws nothing, or not after a text, is not asked those prompts of a
     reasoning benchmark that end in an image.
@@ -494,6 +494,6 @@ def form_of(prompt: Prompt) -> str:
 def cluster_of(prompt: Prompt) -> str:
     """The unit of the bootstrap: a hash of the prompt's images, else its content, else its id."""
     digest = hashlib.blake2b(digest_size=8)
-    for picture in prompt.images:
-        digest.update(picture.numpy().tobytes())
+    for image in prompt.images:
+        digest.update(image.numpy().tobytes())
     return digest.hexdigest() if prompt.images else prompt.content or prompt.id

@@ -77,7 +77,7 @@ class TunedSampling:
 
 
 def content_key(prompt: Prompt) -> str:
-    """Hash of the task, texts and pictures of a prompt, whatever its id."""
+    """Hash of the task, texts and images of a prompt, whatever its id."""
     digest = hashlib.blake2b(prompt.task.encode(), digest_size=8)
     for part in prompt.parts:
         if isinstance(part, str):

@@ -56,7 +56,7 @@ OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
 }
 """Per kind of segment: its output layer, the kind of module and expert, and a name for messages."""
 READERS = ("aligner", "connector", "multi_modal_projector", "vision_model", "vision_tower", "visual")
-"""Names that models of transformers give to modules that encode pictures."""
+"""Names that models of transformers give to modules that encode images."""
 EXPERTS: Mapping[str, tuple[Expert, ...]] = {
     **dict.fromkeys((*READERS, "understanding", "patch", "vit", "lm", "lm_head"), ("understand",)),
     **dict.fromkeys(("generation", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),

@@ -160,12 +160,12 @@ def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[Pr
     return list(zip(prompts, seeds, strict=True))
 
 
-READS_ONLY = "reads pictures and does not draw them"
+READS_ONLY = "reads images and does not draw them"
 """The phrase in messages for a policy that cannot generate images."""
 
 
 def can_draw(tasks: Collection[TaskKind]) -> bool:
-    """Whether a policy with these tasks generates pictures."""
+    """Whether a policy with these tasks generates images."""
     return "generate" in tasks or "edit" in tasks
 
 

@@ -23,16 +23,16 @@ class ModelSizes(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class PictureSizes(Config):
-    """Sizes of the square pictures of a random model, in pixels."""
+class ImageSizes(Config):
+    """Sizes of the square images of a random model, in pixels."""
 
     image_size: int = Field(default=32, ge=8, le=1024)
-    """Side of a picture that is read or drawn."""
+    """Side of an image that is read or drawn."""
     patch_size: int = Field(default=8, ge=2, le=64)
     """A power of two: pixels along a side of an image token, and of a patch that is read."""
 
     @model_validator(mode="after")
-    def _pictures_fit(self) -> Self:
+    def _images_fit(self) -> Self:
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
         if self.image_size % self.patch_size:

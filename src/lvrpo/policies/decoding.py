@@ -1,7 +1,7 @@
 """Autoregressive decoding with a KV cache of ``transformers``: sampled texts and image tokens.
 
 Letters: R rows, L places so far, n new places, D what the model gives per place (states or logits), B members,
-N tokens of a picture.
+N tokens of an image.
 """
 
 from __future__ import annotations
@@ -228,10 +228,10 @@ def generate_image_tokens(
     temperature: float,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """Samples the tokens of a picture per member with uniforms (B, N), to int64 (B, N).
+    """Samples the tokens of an image per member with uniforms (B, N), to int64 (B, N).
 
     The rows of the decoder: B contexts; under guidance (a scale other than 1) B more of the unconditional branch, which
-    are fed the same tokens. ``embed``: tokens (R,) and their index in the picture to what the model is fed after them
+    are fed the same tokens. ``embed``: tokens (R,) and their index in the image to what the model is fed after them
     (R, n, D): the token, and what ends its line.
     """
     B, N = uniforms.shape

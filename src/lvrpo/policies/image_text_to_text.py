@@ -24,7 +24,7 @@ from lvrpo.policies.base import Sampling, TokenCounts, announce, with_seeds
 from lvrpo.policies.decoding import Decoder, generate_text, text_segment
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.tokenizer_files import StoredFiles, stored_files
-from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, require_same_pictures, save_model
+from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, require_same_images, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, require_room
 from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
@@ -59,24 +59,24 @@ class ReadPrompt:
     """A prompt as the processor made it."""
 
     given: tuple[str | TensorWeakRef, ...]
-    """Its parts; pictures are not kept alive."""
+    """Its parts; images are not kept alive."""
     ids: torch.Tensor
     """int64 (L,)."""
     kinds: Mapping[str, torch.Tensor]
     """int64 (L,) by name of an input: the kind of each token."""
-    pictures: Mapping[str, torch.Tensor]
+    images: Mapping[str, torch.Tensor]
     """Inputs of the vision encoder by name."""
 
     @property
     def parts(self) -> Parts:
-        """Texts and pictures, for as long as somebody holds these."""
+        """Texts and images, for as long as somebody holds these."""
         found = [part if isinstance(part, str) else part() for part in self.given]
         return tuple(part for part in found if part is not None)
 
     @property
     def nbytes(self) -> int:
         """Its size."""
-        tensors = (self.ids, *self.kinds.values(), *self.pictures.values())
+        tensors = (self.ids, *self.kinds.values(), *self.images.values())
         return sum(len(part) for part in self.given if isinstance(part, str)) + sum(each.nbytes for each in tensors)
 
 
@@ -102,7 +102,7 @@ class Chat(StoredFiles):
         key = tuple(part if isinstance(part, str) else id(part) for part in parts)
         with _reading:
             found = self._kept.pop(key, None)
-            if found is None or len(found.parts) < len(parts):  # another picture has the identity of one that is gone
+            if found is None or len(found.parts) < len(parts):  # another image has the identity of one that is gone
                 self._bytes -= 0 if found is None else found.nbytes
                 found = self._read(parts)
                 self._bytes += found.nbytes
@@ -187,7 +187,7 @@ class Chat(StoredFiles):
                 f"{folder}: its processor cannot be loaded ({line_of(error)}): restore the files"
             ) from None
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise InputError(f"{folder}: its processor reads no pictures: copy the processor's files from the Hub")
+            raise InputError(f"{folder}: its processor reads no images: copy the processor's files from the Hub")
         processor.chat_template = processor.chat_template or template
         if not processor.chat_template:
             raise InputError(
@@ -197,7 +197,7 @@ class Chat(StoredFiles):
 
 
 class ImageTextToTextPolicy(TransformersPolicy):
-    """A model that ``AutoModelForImageTextToText`` maps; reads pictures and writes, draws nothing.
+    """A model that ``AutoModelForImageTextToText`` maps; reads images and writes, draws nothing.
 
     Answers are sampled from the whole distribution at the temperature: what a folder's generation_config.json says of
     top-k, top-p and penalties is not applied; of it only the end tokens count. Members of a group share their prompt,
@@ -289,7 +289,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
     def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
         """Raises InputError for a prompt that asks for an image or is too long."""
         if prompt.output != ("text",):
-            raise InputError(f"prompt {prompt.id!r}: this model reads pictures and does not draw them: ask for a text")
+            raise InputError(f"prompt {prompt.id!r}: this model reads images and does not draw them: ask for a text")
         require_room(prompt, len(self.read_prompt(prompt).ids), sampling.max_new_tokens, self.positions)
 
     def read_prompt(self, prompt: Prompt) -> ReadPrompt:
@@ -319,9 +319,9 @@ class ImageTextToTextPolicy(TransformersPolicy):
         if after is not None:
             filled = {"input_ids": after, "attention_mask": torch.ones_like(after)}
             tokens = {k: torch.cat([v, filled.get(k, torch.zeros_like(after))], dim=1) for k, v in tokens.items()}
-        names = dict.fromkeys(name for prompt in prompts for name in prompt.pictures)
-        pictures = {name: _stack([p.pictures[name] for p in prompts if name in p.pictures]) for name in names}
-        given = {**tokens, **{name: value.to(self.device) for name, value in pictures.items()}}
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.images)
+        images = {name: _stack([p.images[name] for p in prompts if name in p.images]) for name in names}
+        given = {**tokens, **{name: value.to(self.device) for name, value in images.items()}}
         ids, mask = given.pop("input_ids"), given["attention_mask"]
         places = self.model._prepare_position_ids_for_generation(ids, dict(given))
         given |= {"attention_mask": None if bool(mask.all()) else mask, "position_ids": places}
@@ -465,7 +465,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 "one that continues its prompt, such as a Qwen-VL"
             )
         chat = Chat.load(folder)
-        require_same_pictures(folder, chat.processor, config)
+        require_same_images(folder, chat.processor, config)
         return cls(load_model(folder, dtype, KIND, weights=weights), chat)
 
 

@@ -1,6 +1,6 @@
 """Models of ``transformers`` that generate text and image tokens autoregressively by one transformer.
 
-Letters: R rows, L places of a row, D width, B members, N tokens of a picture, h lines of w tokens each, K codes.
+Letters: R rows, L places of a row, D width, B members, N tokens of an image, h lines of w tokens each, K codes.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Row:
     """Input of the transformer: ids, whose meaning is the policy's."""
 
     ids: tuple[int, ...]
-    pictures: tuple[Image, ...] = ()
-    """Pictures for the understanding encoder, in order."""
+    images: tuple[Image, ...] = ()
+    """Images for the understanding encoder, in order."""
 
     @property
     def key(self) -> Hashable:
         """The same for rows of the same content."""
-        return self.ids, tuple(map(id, self.pictures))
+        return self.ids, tuple(map(id, self.images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +137,18 @@ class ImageTokenPolicy(TransformersPolicy):
 
     @abstractmethod
     def encode_image(self, image: Image) -> torch.Tensor:
-        """Quantizes a picture: int64 codes (h, w), on the CPU."""
+        """Quantizes an image: int64 codes (h, w), on the CPU."""
 
     @abstractmethod
     def decode_images(self, codes: torch.Tensor) -> list[Image]:
-        """Decodes codes int64 (B, h, w) to pictures on the CPU."""
+        """Decodes codes int64 (B, h, w) to images on the CPU."""
 
     @abstractmethod
     def input_row(self, part: Part) -> tuple[Row, list[int]]:
-        """The row of one text or picture alone, and the positions of its tokens or patches."""
+        """The row of one text or image alone, and the positions of its tokens or patches."""
 
-    def embed(self, ids: torch.Tensor, pictures: Sequence[Image]) -> torch.Tensor:
-        """Embeds ids (R, L) as the input of the transformer (R, L, D); ``pictures``: those of the rows."""
+    def embed(self, ids: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
+        """Embeds ids (R, L) as the input of the transformer (R, L, D); ``images``: those of the rows."""
         return self.model.get_input_embeddings()(ids)
 
     # --- sizes ---
@@ -253,7 +253,7 @@ class ImageTokenPolicy(TransformersPolicy):
     # --- rows ---
 
     def _row(self, prompt: Prompt, before: Sequence[Segment], draws: tuple[int, int] | None = None) -> Row:
-        """The prompt, and what was written before; ``draws``: with the start of a picture of this size."""
+        """The prompt, and what was written before; ``draws``: with the start of an image of this size."""
         parts = prompt.parts
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
@@ -291,11 +291,11 @@ class ImageTokenPolicy(TransformersPolicy):
         """Ids of codes (N,) except the last, and the offset (N,) at which each code is predicted."""
         w, places = self._grid(size)[1], torch.arange(len(codes))
         ends = 0 if self.line_end is None else 1
-        ids = self.picture_ids(codes.view(-1, w))
+        ids = self.image_ids(codes.view(-1, w))
         return ids[: len(ids) - 1 - ends].tolist(), places + ends * (places // w)
 
-    def picture_ids(self, codes: torch.Tensor) -> torch.Tensor:
-        """Ids of the codes (h, w) of a picture, ends of lines included, on the CPU."""
+    def image_ids(self, codes: torch.Tensor) -> torch.Tensor:
+        """Ids of the codes (h, w) of an image, ends of lines included, on the CPU."""
         ids = self.code_ids(codes.to(self.device)).cpu()
         if self.line_end is not None:
             ids = torch.cat([ids, ids.new_full((len(ids), 1), self.line_end)], dim=1)
@@ -309,7 +309,7 @@ class ImageTokenPolicy(TransformersPolicy):
             missing = most - len(row.ids)
             filled.append([self.pad_id] * missing * left + [*row.ids] + [self.pad_id] * missing * (not left))
             mask.append([0] * missing * left + [1] * len(row.ids) + [0] * missing * (not left))
-        x = self.embed(torch.tensor(filled, device=self.device), [p for row in rows for p in row.pictures])
+        x = self.embed(torch.tensor(filled, device=self.device), [p for row in rows for p in row.images])
         return x, torch.tensor(mask, device=self.device)
 
     def _states(self, rows: Sequence[Row]) -> torch.Tensor:

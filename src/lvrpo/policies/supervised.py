@@ -54,8 +54,8 @@ def token_losses(
     """
     trajectories = []
     for example in examples:
-        if example.dropped == "picture":
-            raise InputError(f"example {example.prompt.id!r}: this policy draws from text alone: it drops no picture")
+        if example.dropped == "image":
+            raise InputError(f"example {example.prompt.id!r}: this policy draws from text alone: it drops no image")
         scale = 0.0 if example.dropped else 1.0
         segments = [
             _text(policy, example.prompt.parts, part, generator)

@@ -40,9 +40,9 @@ class TileCodebook(nn.Module):
         """p."""
         return self.tiles.shape[-1]
 
-    def encode(self, pictures: Sequence[Image]) -> torch.Tensor:
+    def encode(self, images: Sequence[Image]) -> torch.Tensor:
         """Codes int64 (B, N) of images of one size, whose sides are multiples of p, on the CPU."""
-        cut = _cut(torch.stack(list(pictures)).to(self.tiles), self.patch_size)
+        cut = _cut(torch.stack(list(images)).to(self.tiles), self.patch_size)
         return self._nearest(cut.flatten(0, 1)).unflatten(0, cut.shape[:2]).cpu()
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -63,15 +63,15 @@ class TileCodebook(nn.Module):
         return (table.square().sum(dim=1) - 2 * flat @ table.T).argmin(dim=1)
 
     @classmethod
-    def learn(cls, pictures: Sequence[Image], codes: int, patch_size: int) -> Self:
+    def learn(cls, images: Sequence[Image], codes: int, patch_size: int) -> Self:
         """K-means of the tiles of images of one size; it begins at the most frequent ones, in ties at random ones.
 
         Raises InputError where they have fewer than ``codes`` different tiles.
         """
-        every = _cut(torch.stack(list(pictures)), patch_size).flatten(0, 1)
+        every = _cut(torch.stack(list(images)), patch_size).flatten(0, 1)
         different, counts = torch.unique(every, dim=0, return_counts=True)
         if len(different) < codes:
-            raise InputError(f"codes={codes}: the pictures have {len(different)} different tiles: use fewer")
+            raise InputError(f"codes={codes}: the images have {len(different)} different tiles: use fewer")
         chance = torch.randperm(len(different), generator=torch.Generator().manual_seed(0))
         different, counts = different[chance], counts[chance]
         weights, order = counts.to(every), counts.argsort(descending=True, stable=True)
@@ -103,8 +103,8 @@ class TileCodebook(nn.Module):
         return cls(tiles.float())
 
 
-def _cut(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
+def _cut(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, N, 3 p p)."""
-    rows, columns = (side // patch_size for side in pictures.shape[2:])
-    tiles = pictures.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # (B, 3, h, p, w, p)
+    rows, columns = (side // patch_size for side in images.shape[2:])
+    tiles = images.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # (B, 3, h, p, w, p)
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

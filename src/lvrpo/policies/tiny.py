@@ -167,7 +167,7 @@ class TinyEncoders(nn.Module):
         for image in images:
             if image.shape != (3, size, size):
                 raise InputError(
-                    f"picture of shape {tuple(image.shape)}: this model reads (3, {size}, {size}): resize it"
+                    f"image of shape {tuple(image.shape)}: this model reads (3, {size}, {size}): resize it"
                 )
         pixels = torch.stack(list(images)).to(self.frequencies) * 2 - 1
         return patchify(pixels, self.config.patch_size)

@@ -80,23 +80,23 @@ def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
 
 
-PICTURE_SIZES = (
+IMAGE_SIZES = (
     ("patch_size", "patch_size"),
     ("merge_size", "spatial_merge_size"),
     ("temporal_patch_size", "temporal_patch_size"),
 )
-"""Numbers of a processor of pictures, and of the vision encoder that they must equal."""
+"""Numbers of a processor of images, and of the vision encoder that they must equal."""
 
 
-def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
-    """Raises InputError where a processor reads no pictures, or makes other tokens of one than the model has features.
+def require_same_images(folder: Path, processor: Any, config: Any) -> None:
+    """Raises InputError where a processor reads no images, or makes other tokens of one than the model has features.
 
     Any: a processor and a configuration of an optional package; not all have these numbers.
     """
-    vision, pictures = getattr(config, "vision_config", None), getattr(processor, "image_processor", None)
-    if pictures is None:
-        raise InputError(f"{folder}: a {type(processor).__name__} reads no pictures: use the model's own processor")
-    pairs = [(own, getattr(pictures, own, None), getattr(vision, other, None)) for own, other in PICTURE_SIZES]
+    vision, images = getattr(config, "vision_config", None), getattr(processor, "image_processor", None)
+    if images is None:
+        raise InputError(f"{folder}: a {type(processor).__name__} reads no images: use the model's own processor")
+    pairs = [(own, getattr(images, own, None), getattr(vision, other, None)) for own, other in IMAGE_SIZES]
     known = getattr(config, "image_token_id", None)
     if known not in _image_tokens(processor):
         pairs.append(("image_token_id", getattr(processor, "image_token_id", None), known))
@@ -108,7 +108,7 @@ def require_same_pictures(folder: Path, processor: Any, config: Any) -> None:
 
 
 def _image_tokens(processor: Any) -> set[Any]:
-    """Ids that may stand for features of a picture. A Gemma 3 or a Llama 4 writes one token and puts others there.
+    """Ids that may stand for features of an image. A Gemma 3 or a Llama 4 writes one token and puts others there.
 
     Any: ids, and a processor of an optional package; not all have these names.
     """

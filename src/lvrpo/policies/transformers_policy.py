@@ -114,7 +114,7 @@ class TransformersPolicy(LibraryPolicy):
         """Raises InputError where a row has more tokens than the model has positions; sampled ones were checked."""
         if (longest := max(lengths, default=0)) > self.positions:
             raise InputError(
-                f"a text of {longest} tokens with its answer or picture: the limit is {self.positions}: shorten it"
+                f"a text of {longest} tokens with its answer or image: the limit is {self.positions}: shorten it"
             )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -183,25 +183,25 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def require_drawn_from_text(prompt: Prompt, kind: str) -> None:
-    """Raises InputError for what a model cannot do that answers about pictures and draws from text alone.
+    """Raises InputError for what a model cannot do that answers about images and draws from text alone.
 
     ``kind``: name of the model in messages, such as "a Show-o".
     """
     named = f"prompt {prompt.id!r}"
-    pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
+    images = any(isinstance(part, torch.Tensor) for part in prompt.parts)
     if prompt.output not in OUTPUTS:
         raise InputError(f"{named}: {kind} answers, draws, or thinks and draws, not {', '.join(prompt.output)}")
-    if "image" in prompt.output and pictures:
-        raise InputError(f"{named}: {kind} draws from text alone, not from a picture: leave the picture out")
-    if prompt.task == "understand" and not pictures:
-        raise InputError(f"{named}: task 'understand' needs a picture: give one")
+    if "image" in prompt.output and images:
+        raise InputError(f"{named}: {kind} draws from text alone, not from an image: leave the image out")
+    if prompt.task == "understand" and not images:
+        raise InputError(f"{named}: task 'understand' needs an image: give one")
 
 
-def require_one_picture(named: str, parts: Parts, kind: str) -> None:
-    """Raises InputError for several pictures, of which a model reads one; ``named`` begins the message."""
-    pictures = sum(isinstance(part, torch.Tensor) for part in parts)
-    if pictures > 1:
-        raise InputError(f"{named}: {pictures} pictures: {kind} reads one: give one")
+def require_one_image(named: str, parts: Parts, kind: str) -> None:
+    """Raises InputError for several images, of which a model reads one; ``named`` begins the message."""
+    images = sum(isinstance(part, torch.Tensor) for part in parts)
+    if images > 1:
+        raise InputError(f"{named}: {images} images: {kind} reads one: give one")
 
 
 def require_room(prompt: Prompt, length: int, new: int, limit: int) -> None:

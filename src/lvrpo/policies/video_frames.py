@@ -1,6 +1,6 @@
-"""Pictures as single frames of an autoencoder of videos in diffusers: Wan 2.1's, and Qwen-Image's.
+"""Images as single frames of an autoencoder of videos in diffusers: Wan 2.1's, and Qwen-Image's.
 
-Letters: B pictures, C channels of a latent, h x w its size.
+Letters: B images, C channels of a latent, h x w its size.
 """
 
 from __future__ import annotations

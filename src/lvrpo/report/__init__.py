@@ -1,4 +1,4 @@
-"""Reads a run directory; writes one page, tables and pictures. Imports nothing of training."""
+"""Reads a run directory; writes one page, tables and images. Imports nothing of training."""
 
 from lvrpo.report.grids import Tile, image_grid
 from lvrpo.report.page import build_report

@@ -31,7 +31,7 @@ NAMES = {
     "tokens": "tokens written",
     "cut_off": "share of texts cut off",
     "text_diversity": "share of a group's texts that differ",
-    "picture_diversity": "difference of a group's pictures",
+    "picture_diversity": "difference of a group's images",
     "red": "mean red",
     "green": "mean green",
     "blue": "mean blue",
@@ -41,7 +41,7 @@ SHARES = "share of the variance of the advantages; shares of groups without a di
 VALIDITY = "rank correlation with the truth; area under the curve, right against wrong outputs"
 RANKING = ("rank [95 %]", "groups", "silent", "alike", "AUC [95 %]", "groups")
 JUDGED: Mapping[OutputKind, str] = {
-    "image": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
+    "image": "images with one fact corrupted: area under the curve [95 %]; .5 is chance",
     "text": "texts with one fact corrupted",
 }
 """Titles of the tables of a judge."""

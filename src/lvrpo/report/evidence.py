@@ -1,7 +1,7 @@
 """Committed summaries of runs: small JSON files from which every number of a results page is computed again.
 
 A summary holds the success of every test prompt, one bit each, and what many samples of some of them gave. What the
-prompts are (category, picture, form of question) stands once, in the file of their fingerprint.
+prompts are (category, image, form of question) stands once, in the file of their fingerprint.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PromptSet:
 
     categories: tuple[str, ...]
     clusters: tuple[int, ...]
-    """Prompts of one number share a picture."""
+    """Prompts of one number share an image."""
     held_out: tuple[bool, ...]
     """Whether a prompt shows a combination that training never shows."""
     forms: tuple[str, ...] = ()

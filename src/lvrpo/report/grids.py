@@ -22,7 +22,7 @@ GAP, EDGE, MARGIN = 10, 3, 16
 class Tile:
     """An image with a caption under it."""
 
-    picture: torch.Tensor | Image.Image | None
+    image: torch.Tensor | Image.Image | None
     """float (3, H, W) in [0, 1], or a PIL image; None leaves an empty place."""
     caption: str = ""
     good: bool | None = None
@@ -75,11 +75,11 @@ def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple
     inner = (x + EDGE, y + EDGE)
     if tile.good is not None:
         draw.rectangle(box, fill=FRAME_COLORS[tile.good])
-    if tile.picture is None:
+    if tile.image is None:
         draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=EMPTY_COLOR)
         return
-    picture = to_pil(tile.picture) if isinstance(tile.picture, torch.Tensor) else tile.picture.convert("RGB")
-    canvas.paste(_fitted(picture, size), inner)
+    image = to_pil(tile.image) if isinstance(tile.image, torch.Tensor) else tile.image.convert("RGB")
+    canvas.paste(_fitted(image, size), inner)
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
@@ -143,5 +143,5 @@ def _tiles(example: Example) -> list[Tile]:
     made = [part for part in example.outputs if not isinstance(part, str)]
     answer = next((part for part in example.outputs if isinstance(part, str)), prompt.answer)
     text = f"{prompt.text} ({f'answer: {answer}' if answer else f'{len(prompt.facts)} facts'})".replace(" ?", "?")
-    pictures = [*prompt.images[-1:], *made][: 2 if prompt.task == "edit" else 1] or [None]
-    return [Tile(picture, "" if k else text) for k, picture in enumerate(pictures)]
+    images = [*prompt.images[-1:], *made][: 2 if prompt.task == "edit" else 1] or [None]
+    return [Tile(image, "" if k else text) for k, image in enumerate(images)]

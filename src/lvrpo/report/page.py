@@ -173,8 +173,8 @@ def _selected_grids(run: RunRecord, store: ImageStore) -> list[tuple[int, Embedd
     """The first, the middle and the last image of sampled groups."""
     last = len(run.grids) - 1
     chosen = dict.fromkeys((0, last // 2, last)) if run.grids else {}
-    read = [(step, store.picture(path.resolve(), GRID_SIDE)) for step, path in (run.grids[i] for i in chosen)]
-    return [(step, picture) for step, picture in read if picture is not None]
+    read = [(step, store.image(path.resolve(), GRID_SIDE)) for step, path in (run.grids[i] for i in chosen)]
+    return [(step, image) for step, image in read if image is not None]
 
 
 def environment() -> jinja2.Environment:

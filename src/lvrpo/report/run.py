@@ -29,7 +29,7 @@ class RunRecord:
     phases: tuple[tuple[str, Mapping[SampleKey, Sample]], ...]
     """(label, samples by key) in order of time: before, step 20, ..., after."""
     grids: tuple[tuple[int, Path], ...]
-    """(step, picture of sampled groups) in order of steps."""
+    """(step, image of sampled groups) in order of steps."""
     problems: tuple[str, ...]
     """Files that could not be read, described for the page."""
 

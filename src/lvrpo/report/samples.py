@@ -1,4 +1,4 @@
-"""Samples of an evaluation, the same prompt before, during and after training, with pictures as data URIs."""
+"""Samples of an evaluation, the same prompt before, during and after training, with images as data URIs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lvrpo.records import Sample, SampleKey
 from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord
 
-SHOWN_PICTURES = 12
+SHOWN_IMAGES = 12
 SHOWN_ANSWERS = 9
 SHOWN_WORST = 6
 RIGHT = 0.999
@@ -29,7 +29,7 @@ class Frame:
 
     phase: str
     sample: Sample | None
-    picture: EmbeddedImage | None
+    image: EmbeddedImage | None
 
     @property
     def right(self) -> bool | None:
@@ -79,7 +79,7 @@ class Selection:
 class SampleSections:
     """All that the page shows of single samples."""
 
-    pictures: Selection
+    images: Selection
     answers: Selection
     regressed: Selection
     still_wrong: Selection
@@ -98,7 +98,7 @@ def sample_sections(run: RunRecord, store: ImageStore) -> SampleSections:
     regressed = sorted((i for i, (b, a) in both.items() if a < RIGHT <= b), key=lambda i: both[i][1])
     wrong = sorted((i for i, (b, a) in both.items() if max(b, a) < RIGHT), key=lambda i: (both[i][1], -both[i][0]))
     return SampleSections(
-        pictures=_select([v for v in even if v.drawn], SHOWN_PICTURES),
+        images=_select([v for v in even if v.drawn], SHOWN_IMAGES),
         answers=_select([v for v in even if not v.drawn], SHOWN_ANSWERS),
         regressed=_drawn_first(_select([views[i] for i in regressed], SHOWN_WORST)),
         still_wrong=_drawn_first(_select([views[i] for i in wrong], SHOWN_WORST)),
@@ -121,13 +121,13 @@ def _view(key: SampleKey, phases: list[tuple[str, dict[SampleKey, Sample]]], sto
     known = [sample for sample in samples if sample is not None]
     first = known[0]
     frames = tuple(
-        Frame(name, sample, store.picture(sample.image) if sample else None)
+        Frame(name, sample, store.image(sample.image) if sample else None)
         for (name, _), sample in zip(phases, samples, strict=True)
     )
     questions = dict.fromkeys((f.question, f.answer) for sample in known for f in sample.facts)
     facts = tuple((q, a, tuple(_holds(sample, q, a) for sample in samples)) for q, a in questions)
     source = next((sample.source_image for sample in known if sample.source_image), None)
-    answer, given = first.answer or "", store.picture(source)
+    answer, given = first.answer or "", store.image(source)
     return SampleView(first.id, first.task, first.category, first.text, answer, given, frames, facts)
 
 
@@ -162,13 +162,13 @@ def task_label(view: SampleView) -> str:
 
 
 PIXEL_ART = 64
-"""Pictures up to this side are enlarged with hard pixel edges."""
+"""Images up to this side are enlarged with hard pixel edges."""
 LOSSLESS = 128
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A picture ready for ``<img>``."""
+    """An image ready for ``<img>``."""
 
     uri: str
     width: int
@@ -180,14 +180,14 @@ class EmbeddedImage:
 
 
 class ImageStore:
-    """Reads pictures below one run directory; each file once."""
+    """Reads images below one run directory; each file once."""
 
     def __init__(self, run: Path) -> None:
         self.root = run.resolve()
         self._read: dict[tuple[str, int], EmbeddedImage | None] = {}
 
-    def picture(self, path: str | Path | None, most_side: int = 320) -> EmbeddedImage | None:
-        """None for a picture that is missing, broken, or outside the run directory."""
+    def image(self, path: str | Path | None, most_side: int = 320) -> EmbeddedImage | None:
+        """None for an image that is missing, broken, or outside the run directory."""
         if not path:
             return None
         key = (str(path), most_side)
@@ -210,7 +210,7 @@ class ImageStore:
 
 
 def _uri(image: Image.Image) -> str:
-    """PNG, or JPEG where that is smaller and the picture is no pixel art."""
+    """PNG, or JPEG where that is smaller and the image is no pixel art."""
     choices = [("png", _encoded(image, "PNG", optimize=True))]
     if max(image.size) > LOSSLESS:
         choices.append(("jpeg", _encoded(image, "JPEG", quality=88)))

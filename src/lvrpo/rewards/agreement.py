@@ -22,7 +22,7 @@ Tally = dict[str, float]
 class Agreement(Config):
     """1 where the text is the answer that has most votes, else 0.
 
-    The frozen understanding side weighs the different answers a_k that the group gave to question q about picture x;
+    The frozen understanding side weighs the different answers a_k that the group gave to question q about image x;
     a_k has exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds likeliest,
     whatever has become of the policy: greedy answers stay and sampled ones follow them.
 
@@ -30,7 +30,7 @@ class Agreement(Config):
     answer has as many votes as the second, or less than ``least`` of all, has no majority and is masked. And where the
     majorities of a batch are nearly all the same for a category of questions, their entropy H = - sum_a q_a log q_a
     below ``entropy_floor`` log(number of different answers given to that category), that category is masked:
-    agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
+    agreement there no longer says anything of the images. The second guard needs ``floor_groups`` groups of the
     category, of all processes together; in Ray actors, which see one group at a time, there is none.
 
     Where an image follows the text, the text alone is judged.

@@ -27,7 +27,7 @@ SampleIndex = tuple[int, int]
 Failures = dict[SampleIndex, str]
 """Why outputs have no score."""
 Side = Literal["read", "draw"]
-"""read: the understanding side judges, by log-probs of texts; draw: the generation side, by log-probs of pictures."""
+"""read: the understanding side judges, by log-probs of texts; draw: the generation side, by log-probs of images."""
 SIDES: tuple[Side, ...] = get_args(Side)
 ROUNDING = 1e-3
 """Tolerance of a log-prob above 0."""
@@ -133,14 +133,14 @@ def image_problems(trajectories: Sequence[Trajectory], judge: object = None) -> 
             continue
         finite = math.isfinite(next(largest))
         if side is not None and tuple(image.shape[1:]) != (side, side):
-            problems.append(f"a picture of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}")
+            problems.append(f"an image of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}")
         else:
-            problems.append(None if finite else "the picture holds values that are no numbers")
+            problems.append(None if finite else "the image holds values that are no numbers")
     return problems
 
 
 def scorable_images(groups: Sequence[Group], judge: object = None) -> tuple[dict[SampleIndex, Image], Failures]:
-    """The last picture of every trajectory that has no ``image_problem``, and the problems of the others."""
+    """The last image of every trajectory that has no ``image_problem``, and the problems of the others."""
     found: dict[SampleIndex, Image] = {}
     failures: Failures = {}
     for p, group in enumerate(groups):
@@ -233,7 +233,7 @@ def judge_fingerprint(judge: object) -> str:
 
 
 def offline_group(prompt: Prompt, outputs: Sequence[Sequence[Part]]) -> Group:
-    """One member per entry of ``outputs``, each a text or a picture for every entry of ``prompt.output``.
+    """One member per entry of ``outputs``, each a text or an image for every entry of ``prompt.output``.
 
     They can be scored, not replayed: their log-probs are empty. Seeds are a function of the prompt and the member.
     """

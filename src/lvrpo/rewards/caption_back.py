@@ -41,15 +41,15 @@ class CaptionBack(Config):
         return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(prompt.text))
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        pictures, failures = scorable_images(groups, judge)
+        images, failures = scorable_images(groups, judge)
         found: dict[SampleIndex, float] = {}
         asked = [
             Prompt(f"{groups[p].prompt.id}/described/{g}", "understand", (image, self.instruction), ("text",))
-            for (p, g), image in pictures.items()
+            for (p, g), image in images.items()
         ]
-        seeds = [derive_seed(groups[p].trajectories[g].seed, "caption back") for p, g in pictures]
+        seeds = [derive_seed(groups[p].trajectories[g].seed, "caption back") for p, g in images]
         sampling = Sampling(1, 0.0, self.max_new_tokens)
-        for (p, g), described in zip(pictures, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
+        for (p, g), described in zip(images, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
             (said,) = described.trajectories
             problem = text_problem(said)
             if problem is None:

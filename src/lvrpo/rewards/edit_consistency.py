@@ -41,7 +41,7 @@ class EditConsistency(Config):
     lie in M, the mean over patches weighted by how many those are, and c_k the frozen understanding side's confidence
     in the right answer, given the result. A factor of which there is nothing to ask, or nothing to measure, is 1.
 
-    R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
+    R, where the edit may change the image, is the prompt's ``edited`` (the built-in world knows it from its scenes,
     rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches
     that changed most: an edit of more than that share then loses, and one that touches less may damage a little for
     free.
@@ -51,7 +51,7 @@ class EditConsistency(Config):
     counts is then whether the result agrees with the source. Where none of them is left, the output is masked with the
     reason.
 
-    The source is the last picture of the prompt; a result of another size is masked, and so is what the judge gives no
+    The source is the last image of the prompt; a result of another size is masked, and so is what the judge gives no
     number for.
     """
 
@@ -100,12 +100,12 @@ class EditConsistency(Config):
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         self._say_what_is_guessed(groups)
-        pictures, failures = scorable_images(groups)
+        images, failures = scorable_images(groups)
         scores: dict[SampleIndex, float] = {}
-        for (p, g), image in pictures.items():
+        for (p, g), image in images.items():
             source, region = groups[p].prompt.images[-1], groups[p].prompt.edited
             if image.shape != source.shape:
-                failures[p, g] = f"a picture of {tuple(image.shape)} for a source of {tuple(source.shape)}"
+                failures[p, g] = f"an image of {tuple(image.shape)} for a source of {tuple(source.shape)}"
             elif region is not None and region.shape != source.shape[1:]:
                 failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
             else:

@@ -156,7 +156,7 @@ class ChatEndpoint:
         return f"{config.model} at {config.base_url}, temperature {config.temperature}, {config.max_tokens} tokens"
 
     def ask(self, conversations: Sequence[Parts]) -> list[Answer]:
-        """One answer per conversation of texts and pictures, in order.
+        """One answer per conversation of texts and images, in order.
 
         After more consecutive failures than workers, each with all its retries, the remaining requests are not sent.
         Raises InputError where the server refuses the key, or does not know the address or the model, before it has

@@ -30,7 +30,7 @@ ENCODER_TYPES = ("siglip", "siglip2", "clip")
 """``siglip``: fixed sizes (SigLIP, SigLIP 2); ``siglip2``: any size (SigLIP 2 NaFlex)."""
 AT_ONCE = 32
 READ_AT_ONCE = 16
-"""Rows of a reader: its pictures take hundreds of tokens each."""
+"""Rows of a reader: its images take hundreds of tokens each."""
 FINGERPRINT = ("*.json", "*.jinja", "*.safetensors", "*.bin")
 """Files that an answer depends on: settings, tokenizer, chat template, weights."""
 PIECE, PIECES = 4096, 256
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Embedded:
-    """The embedding of one picture or text."""
+    """The embedding of one image or text."""
 
     whole: torch.Tensor
     """float32 (D,)."""
@@ -74,7 +74,7 @@ class ImageTextEncoder:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image]) -> list[Embedded]:
-        """Pictures of any size are brought to the model's own."""
+        """Images of any size are brought to the model's own."""
         return [found for some in _parts(images) for found in self._images(some)]
 
     def _texts(self, texts: Sequence[str]) -> Iterator[Embedded]:
@@ -96,7 +96,7 @@ class ImageTextEncoder:
     def _images(self, images: Sequence[Image]) -> Iterator[Embedded]:
         inputs = self.processor.image_processor(images=[to_pil(image) for image in images], return_tensors="pt")
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        valid = inputs.get("pixel_attention_mask")  # only where pictures of several sizes are padded
+        valid = inputs.get("pixel_attention_mask")  # only where images of several sizes are padded
         out = self.model.get_image_features(**inputs)
         for i, (whole, patches) in enumerate(zip(out.pooler_output, out.last_hidden_state, strict=True)):
             kept = patches if valid is None else patches[valid[i].bool()]
@@ -113,7 +113,7 @@ class ExternalVLM:
     """A model of ``transformers`` that reads images and writes, in a local folder: a judge like the policy's own."""
 
     image_size = None
-    """It resizes pictures itself."""
+    """It resizes images itself."""
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
@@ -150,7 +150,7 @@ class ExternalVLM:
         """Rows of one shape, whose answers have ``count`` tokens: together if that changes nothing."""
         if len(rows) == 1 or self._batches is False:
             return [self._forward(row, count)[0] for row in rows]
-        # one row of texts, and one or several of each picture: both are laid one after the other
+        # one row of texts, and one or several of each image: both are laid one after the other
         inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         try:
             together = self._forward(inputs, count)
@@ -210,13 +210,13 @@ def _check_encoder(folder: str) -> Path:
 
 
 def _check_reader(folder: str) -> Path:
-    """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
+    """The folder of a model that reads images and writes; raises InputError, without reading weights, otherwise."""
     path, kind = _folder(folder)
     transformers_library("source: a folder")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise InputError(f"{path}: model_type={kind!r}: no model of transformers that reads pictures and writes")
+        raise InputError(f"{path}: model_type={kind!r}: no model of transformers that reads images and writes")
     return path
 
 
@@ -246,7 +246,7 @@ def _own_or(check: Callable[[str], Path]) -> AfterValidator:
 EncoderSource = Annotated[str, _own_or(_check_encoder)]
 """``OWN``, or a local folder of a SigLIP or CLIP."""
 ReaderSource = Annotated[str, _own_or(_check_reader)]
-"""``OWN``, or a local folder of a model that reads pictures and writes."""
+"""``OWN``, or a local folder of a model that reads images and writes."""
 
 
 def folder_fingerprint(path: Path) -> str:

@@ -30,7 +30,7 @@ PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "image": lambda trajectory: trajectory.image,
 }
 """Arguments of a function by the names of its parameters: the whole trajectory, the words of the prompt, its right
-answer, the further values of its row, the generated text, the generated picture."""
+answer, the further values of its row, the generated text, the generated image."""
 BATCH_PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "trajectories": PARAMETERS["trajectory"],
     "prompts": PARAMETERS["prompt"],
@@ -83,7 +83,7 @@ def reward(
 
     In the configuration: ``rewards: [{name: "./my_rewards.py:brightness", options: {target: 0.6}}]``. There the
     decorator may be left out. Its parameters select its arguments (``PARAMETERS``); all others are options. One of
-    ``image`` is about pictures, one of ``text`` about texts, and prompts that ask for no such output are not scored;
+    ``image`` is about images, one of ``text`` about texts, and prompts that ask for no such output are not scored;
     ``outputs`` and ``tasks`` narrow it further. ``waits``: it waits for another program, such as a server, and may be
     called in a thread while further groups are sampled (see ``Reward``).
 

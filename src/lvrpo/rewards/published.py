@@ -48,16 +48,16 @@ from lvrpo.types import Fact, Group, Prompt
 
 
 class Semantic(Config):
-    """Cosine of picture and text (LVRPO, arXiv:2603.27693, the term r_sem). Range [-1, 1].
+    """Cosine of image and text (LVRPO, arXiv:2603.27693, the term r_sem). Range [-1, 1].
 
-        global:  r = cos(picture, text)
+        global:  r = cos(image, text)
         dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
 
     A model that was never trained to match embeddings orders images only a little better than chance in this way
     (docs/reference/rewards.md has the numbers): ``self_vqa`` asks the same understanding side and hears much more.
 
-    Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so
-    once. It does not apply to edits, whose instruction describes no picture.
+    Of texts written about an image this term is one number for the whole group: it does not apply to them and says so
+    once. It does not apply to edits, whose instruction describes no image.
 
     Differs from the paper: the own source; ``top`` above 1; the paper leaves open how patches and words enter the
     common space (here: see ``rewards.external``).
@@ -66,11 +66,11 @@ class Semantic(Config):
     judges: ClassVar = ("image",)
 
     form: Literal["dense", "global"] = "dense"
-    """dense: of each word with its most similar patches; global: of the mean states of text and picture."""
+    """dense: of each word with its most similar patches; global: of the mean states of text and image."""
     top: int = Field(default=4, ge=1, le=100_000)
     """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
     source: EncoderSource = OWN
-    """"own": the frozen understanding side of the policy, no encoder being added: states of picture and text, each read
+    """"own": the frozen understanding side of the policy, no encoder being added: states of image and text, each read
     alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
     choice, or of a CLIP: with ``form`` global, CLIPScore or PickScore (``pip install 'lvrpo[external]'``)."""
     layer: Natural = 1
@@ -106,23 +106,23 @@ class Semantic(Config):
         return False
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        pictures, failures = scorable_images(groups, judge if self.source == OWN else None)
-        if not pictures:
+        images, failures = scorable_images(groups, judge if self.source == OWN else None)
+        if not images:
             return Scores.of(groups, {}, failures)
         texts = [self._text(group.prompt) for group in groups]
         if self._encoder is None:
-            states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures.values()], judge)]
-            of_text, of_picture = states[: len(texts)], states[len(texts) :]
+            states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *images.values()], judge)]
+            of_text, of_image = states[: len(texts)], states[len(texts) :]
         else:
-            of_text, of_picture = self._encoder.texts(texts), self._encoder.images(list(pictures.values()))
-        of_cell = zip(pictures, of_picture, strict=True)
+            of_text, of_image = self._encoder.texts(texts), self._encoder.images(list(images.values()))
+        of_cell = zip(images, of_image, strict=True)
         return Scores.of(groups, {(p, g): self.similarity(of_text[p], each) for (p, g), each in of_cell}, failures)
 
-    def similarity(self, text: Embedded, picture: Embedded) -> float:
-        """The score of one picture."""
+    def similarity(self, text: Embedded, image: Embedded) -> float:
+        """The score of one image."""
         if self.form == "global":
-            return float(functional.cosine_similarity(text.whole, picture.whole, dim=0))
-        similar = functional.normalize(text.parts, dim=-1) @ functional.normalize(picture.parts, dim=-1).T
+            return float(functional.cosine_similarity(text.whole, image.whole, dim=0))
+        similar = functional.normalize(text.parts, dim=-1) @ functional.normalize(image.parts, dim=-1).T
         return float(similar.topk(min(self.top, similar.shape[1]), dim=1).values.mean())
 
     def _own(self, parts: Sequence[str | torch.Tensor], judge: Judge) -> list[torch.Tensor]:
@@ -204,7 +204,7 @@ class Instruction(_Asks):
 
     by: Literal["vqa", "verifier"] = "vqa"
     """vqa: each fact is asked of the reader, and kept where the confidence in the right answer is above ``above``;
-    verifier: checked exactly, for pictures of a world that has a verifier."""
+    verifier: checked exactly, for images of a world that has a verifier."""
     kinds: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Only facts of these kinds, such as [count, total, color]; None: all."""
     above: float = Field(default=0.5, ge=0, lt=1)
@@ -298,7 +298,7 @@ class Knowledge(_Asks):
     """Answers of a model of visual questions (LVRPO, arXiv:2603.27693, the term r_kn). Range [0, 1].
 
     Of an image: its mean confidence in the right answers to the prompt's questions, as ``self_vqa`` has it. Of a text
-    about pictures: its confidence in that text as the answer, exp(mean log-prob per token).
+    about images: its confidence in that text as the answer, exp(mean log-prob per token).
 
     With the own source, the confidence in texts rewards what the policy says anyway: where answers are known,
     ``exact_answer`` is the better teacher. A text that is empty or was cut off is masked.

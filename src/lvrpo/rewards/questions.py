@@ -25,19 +25,19 @@ from lvrpo.sampling import derive_seed
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 TEMPLATE = """\
-A picture was drawn from this description: {prompt}
+An image was drawn from this description: {prompt}
 
-Write the questions that check whether the picture shows what was described: one question for every object, count, \
-color, relation and written text. Every question asks for one thing and can be answered from the picture alone, by yes \
+Write the questions that check whether the image shows what was described: one question for every object, count, \
+color, relation and written text. Every question asks for one thing and can be answered from the image alone, by yes \
 or no, by a number, or by one or two words. Write one question per line, with its right answer after the question mark:
 is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""
 
 EDIT_TEMPLATE = """\
-A picture was edited by this instruction: {prompt}
+An image was edited by this instruction: {prompt}
 
-Write the questions that check, from the edited picture alone, whether the instruction was followed: one question for \
+Write the questions that check, from the edited image alone, whether the instruction was followed: one question for \
 every thing that it asks for. Every question can be answered by yes or no, by a number, or by one or two words. Write \
 one question per line, with its right answer after the question mark:
 is there a cube? yes
@@ -45,12 +45,12 @@ what color is the cube? red
 how many birds are there? 3"""
 
 STAY_TEMPLATE = """\
-This picture will be edited by this instruction: {prompt}
+This image will be edited by this instruction: {prompt}
 
-Write the questions that check, from the edited picture alone, whether everything else stayed as it is: ask about the \
-objects, colors, counts, relations and the background of this picture that the instruction does not touch, and about \
+Write the questions that check, from the edited image alone, whether everything else stayed as it is: ask about the \
+objects, colors, counts, relations and the background of this image that the instruction does not touch, and about \
 nothing that it changes. Every question asks for one thing and can be answered by yes or no, by a number, or by one \
-or two words. Write one question per line, with its answer in this picture after the question mark:
+or two words. Write one question per line, with its answer in this image after the question mark:
 is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""
@@ -62,7 +62,7 @@ Questions = tuple[Fact, ...] | NoAnswer
 """The questions of a prompt, or why there are none."""
 
 Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
-"""A reader's confidence in each fact's answer, given the picture beside it: in [0, 1], or why there is none."""
+"""A reader's confidence in each fact's answer, given the image beside it: in [0, 1], or why there is none."""
 
 MIN_CONFIDENCE = 0.75
 """Minimum confidence of a reader in what it sees in the source."""
@@ -100,7 +100,7 @@ class QuestionConfig(Config):
     template: str = TEMPLATE
     """The request, with ``{prompt}``; the answer must be a line per question: "is there a cube? yes"."""
     edit_template: str = EDIT_TEMPLATE
-    """The same for instructions to edit a picture: what should be in the result."""
+    """The same for instructions to edit an image: what should be in the result."""
     stay_template: str | None = STAY_TEMPLATE
     """The request together with the source of an edit, about what should stay as it is; null: no request."""
     sure: float = Field(default=MIN_CONFIDENCE, ge=0, lt=1)
@@ -136,7 +136,7 @@ class _Request:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Key of the cache: the words, and a hash of size and pixels of the picture."""
+        """Key of the cache: the words, and a hash of size and pixels of the image."""
         if self.shown is None:
             return (self.words,)
         pixels = self.shown.detach().float().cpu().contiguous()
@@ -152,10 +152,10 @@ class QuestionGenerator:
     """Gives facts to prompts without: questions whose answers say whether an image shows what the prompt describes.
 
     Of an edit there are two kinds: what should be, from the instruction; and what should stay (facts of the kind
-    ``unchanged``), from the instruction and the source picture. The second are kept only where the reader is ``sure``
+    ``unchanged``), from the instruction and the source image. The second are kept only where the reader is ``sure``
     of their answer given the source, so that what it is asked about the result is whether it agrees with the source.
 
-    The answer of the model is kept on the disk, by hash of prompt, picture, template and author (class and weights of
+    The answer of the model is kept on the disk, by hash of prompt, image, template and author (class and weights of
     a policy; model, address and settings of an endpoint). What failed is not kept and is tried again next time.
     """
 

@@ -47,9 +47,9 @@ Choices = Annotated[str, AfterValidator(_with_both_answers)]
 
 
 class SelfVQA(Config):
-    """Mean over the prompt's facts of the judge's confidence in the right answer, given the picture alone.
+    """Mean over the prompt's facts of the judge's confidence in the right answer, given the image alone.
 
-    r = mean_k exp( mean-per-token log p_judge(answer_k | picture, question_k) ). Range [0, 1].
+    r = mean_k exp( mean-per-token log p_judge(answer_k | image, question_k) ). Range [0, 1].
     Of a fact with ``choices`` the term is p(answer) / sum over choices of p(choice).
     No encoder is added: the judge is a frozen copy of the policy. It never sees the prompt, only its questions.
 
@@ -101,15 +101,15 @@ class SelfVQA(Config):
     def confidences(self, groups: Sequence[Group], judge: Judge, reader: Reader) -> tuple[Confidences, Failures]:
         """The reader's confidence in each right answer, by (group, member), and why some have none.
 
-        ``judge`` splits free text; ``reader`` sees the pictures.
+        ``judge`` splits free text; ``reader`` sees the images.
         """
         missing: dict[int, str] = {}
         if self.generator is not None:
             groups, missing = self.generator.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
-        pictures, failures = scorable_images(groups, reader)
+        images, failures = scorable_images(groups, reader)
         asked: list[tuple[Image, Fact]] = []
         facts_of: dict[SampleIndex, slice] = {}
-        for (p, g), image in pictures.items():
+        for (p, g), image in images.items():
             facts = self.known(groups[p].prompt)
             if not facts:
                 failures[p, g] = missing.get(p, NO_QUESTION)
@@ -127,12 +127,12 @@ class SelfVQA(Config):
         return found, failures
 
     def confirm(self, pairs: Sequence[tuple[Image, Fact]], reader: Reader) -> list[float | NoAnswer]:
-        """The reader's confidence in each fact of the picture beside it, asked as facts of results are."""
+        """The reader's confidence in each fact of the image beside it, asked as facts of results are."""
         confidence, problems = self._ask(pairs, reader)
         return [NoAnswer(bad) if bad else sure for sure, bad in zip(confidence.tolist(), problems, strict=True)]
 
     def _ask(self, asked: Sequence[tuple[Image, Fact]], reader: Reader) -> tuple[torch.Tensor, list[str | None]]:
-        """(N,) confidence in each fact of a picture, and why one has none; all in one call of the reader."""
+        """(N,) confidence in each fact of an image, and why one has none; all in one call of the reader."""
         if not asked:
             return torch.zeros(0), []
         contexts: list[Parts] = []

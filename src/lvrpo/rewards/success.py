@@ -27,7 +27,7 @@ def has_success(prompt: Prompt) -> bool:
 
 
 def successes(groups: Sequence[Group]) -> list[list[float]]:
-    """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the picture.
+    """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the image.
 
     A text that was cut off at the length limit is not the answer. Only for prompts that are ``has_success``. Raises
     ContractError where a world of the user fails.
@@ -55,9 +55,7 @@ def _fact_table(groups: Sequence[Group]) -> list[list[bool]]:
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything
         worlds = ", ".join(dict.fromkeys(group.prompt.world for group in groups))
-        raise ContractError(
-            f"world {worlds}: could not check a picture: {describe_error(error)}: correct it"
-        ) from error
+        raise ContractError(f"world {worlds}: could not check an image: {describe_error(error)}: correct it") from error
 
 
 Metric = Literal["success", "reward"]

@@ -29,18 +29,18 @@ _QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|(?<!\w)'([^']+)
 
 
 class TextReader(Protocol):
-    """Made once, at the first picture."""
+    """Made once, at the first image."""
 
     def __call__(self, image: Image) -> str:
-        """The text in a picture, lines in reading order with spaces between them; "" where there is none."""
+        """The text in an image, lines in reading order with spaces between them; "" where there is none."""
         ...
 
 
 class OCR(Config):
     """The share of the requested text that can be read in the image. Range [0, 1].
 
-    Spacing does not matter. What is drawn beyond the text asked for counts as wrong; a picture without text gets 0, for
-    it was read and has none. A picture that the reader fails on is masked.
+    Spacing does not matter. What is drawn beyond the text asked for counts as wrong; an image without text gets 0, for
+    it was read and has none. An image that the reader fails on is masked.
 
     The text asked for: the answers of the prompt's facts of the kind "text", where it has some; else what is in
     quotation marks in the prompt, all of it, in order. Prompts with neither do not get this reward.
@@ -95,7 +95,7 @@ class RapidReader:
             settings = {
                 "Global.log_level": "critical",
                 "Global.use_cls": False,
-                # by default small pictures are blown up to 736 pixels: ten times as slow, and no better
+                # by default small images are blown up to 736 pixels: ten times as slow, and no better
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 960,
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
@@ -107,7 +107,7 @@ class RapidReader:
 
 
 def asked_text(prompt: Prompt) -> str | None:
-    """The text that a picture is to show; None where the prompt asks for none."""
+    """The text that an image is to show; None where the prompt asks for none."""
     facts = [fact.answer for fact in prompt.facts if fact.kind == "text"]
     quoted = facts or [next(filter(None, groups)) for groups in _QUOTED.findall(prompt.text)]
     return _plain_text(" ".join(quoted), case=True) or None
@@ -133,14 +133,14 @@ def edit_distance(one: str, two: str) -> int:
 
 
 class SceneFacts(Config):
-    """Facts of the prompt that the picture shows. Range [0, 1]."""
+    """Facts of the prompt that the image shows. Range [0, 1]."""
 
     judges: ClassVar = ("image",)
     sides: ClassVar = ()
 
     mode: Literal["fraction", "gated", "all", "mixed"] = "fraction"
-    """fraction: the share that holds; trained alone it is hacked: a picture full of objects satisfies any prompt.
-    gated: the share that holds, halved where the number of objects is wrong, so that a full picture gains nothing.
+    """fraction: the share that holds; trained alone it is hacked: an image full of objects satisfies any prompt.
+    gated: the share that holds, halved where the number of objects is wrong, so that a full image gains nothing.
     all: 1 if every one holds, else 0. mixed: the mean of fraction and all."""
 
     def applies(self, prompt: Prompt) -> bool:
@@ -162,7 +162,7 @@ class SceneFacts(Config):
 
 
 def score_facts(groups: Sequence[Group], value: Callable[[Sequence[Fact], Sequence[bool]], float]) -> Scores:
-    """Scores of a function of a prompt's facts and whether each holds; pictures that cannot be verified have none."""
+    """Scores of a function of a prompt's facts and whether each holds; images that cannot be verified have none."""
     results = iter(fact_table(groups))
     problems = iter(unverifiable([trajectory for group in groups for trajectory in group.trajectories]))
 
@@ -177,7 +177,7 @@ _last: tuple[list[Trajectory], list[list[bool]]] = ([], [])
 
 
 def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
-    """Per trajectory, which facts of its prompt hold of its last picture; none for one that cannot be verified.
+    """Per trajectory, which facts of its prompt hold of its last image; none for one that cannot be verified.
 
     The last result is kept: several rewards and the metrics ask about the very same trajectories.
     """
@@ -201,7 +201,7 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
 
 
 def unverifiable(trajectories: Sequence[Trajectory]) -> list[str | None]:
-    """Per trajectory, the reason why the verifier cannot read its last picture; None if it can."""
+    """Per trajectory, the reason why the verifier cannot read its last image; None if it can."""
     return [
         problem if image is None or problem else world_of(trajectory.prompt.world).unreadable(image)
         for trajectory, problem in zip(trajectories, image_problems(trajectories), strict=True)

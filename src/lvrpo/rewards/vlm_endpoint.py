@@ -48,8 +48,8 @@ class VLMEndpoint(Config):
     an answer: ``rewards.vlm_endpoint``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
     10."""
     template: str | None = None
-    """The request after the picture: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
-    of texts, shown the pictures of the prompt. None: that of TEMPLATES."""
+    """The request after the image: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
+    of texts, shown the images of the prompt. None: that of TEMPLATES."""
     questions: QuestionConfig | None = None
     """Makes questions of free text (see ``self_vqa``); what should stay of an edit is kept where this model says so of
     the source."""
@@ -128,7 +128,7 @@ class VLMEndpoint(Config):
         return read_answer(answer, wanted)
 
     def _confirm(self, pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:
-        """1 where its answer about a picture is that of the fact, 0 where it is another."""
+        """1 where its answer about an image is that of the fact, 0 where it is another."""
         answers = self._client.ask([self._question(image, fact) for image, fact in pairs])
         rows = zip(pairs, answers, strict=True)
         return [a if isinstance(a, NoAnswer) else self.read(a, fact.answer) for (_, fact), a in rows]

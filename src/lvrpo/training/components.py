@@ -82,7 +82,7 @@ class Components:
     def require_possible(self, policy: Policy, config: TrainConfig) -> None:
         """Raises InputError for a row of text alone that the policy would refuse to sample, as it is too long.
 
-        Rows with pictures are checked when they are sampled, so that a start need not decode all pictures.
+        Rows with images are checked when they are sampled, so that a start need not decode all images.
         """
         check, sampling = getattr(policy, "check_prompt", None), config.sampling(0)  # the method is optional
         for rows in (self.source, self.validation, self.test):
@@ -276,7 +276,7 @@ def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
 def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task, validator: Validator) -> None:
     """Raises InputError for prompts that ask for an image, or for one after a text, if the policy cannot draw it."""
     draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
-    asked = "an image after a text" if draws else "a picture"
+    asked = "an image after a text" if draws else "an image"
     why = f"policy={config.policy} {'draws after a prompt alone' if draws else READS_ONLY}"
     remedy = "set data.scenes.weights={reason/draw_answer: 0}" if config.data.source == "scenes" else "leave it out"
     for task, count in config.data.prompts_per_step.items():
@@ -292,7 +292,7 @@ def require_text_rewards(config: TrainConfig, rewards: Sequence[ConfiguredReward
     why = f"policy={config.policy} {READS_ONLY}"
     for reward in rewards:
         if "text" not in reward.judges:
-            raise InputError(f"rewards.{reward.config.title}: scores pictures that are drawn, and {why}: leave it out")
+            raise InputError(f"rewards.{reward.config.title}: scores images that are drawn, and {why}: leave it out")
 
 
 def validation_prompts(

@@ -279,7 +279,7 @@ class VLLMServer(InferenceServer):
         with _shape_errors(self.name):
             plain = self.policy.allowed.tolist()
             wanted, found = ([i for i in ids if plain[i]] for ids in (prompt.ids.tolist(), reply["prompt_token_ids"]))
-            # without the placeholders of pictures, which are not allowed in a text
+            # without the placeholders of images, which are not allowed in a text
             self._require_same_prompt(wanted, found)
             return [
                 Answer(choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
@@ -314,8 +314,8 @@ class SGLangServer(InferenceServer):
             },
             "return_logprob": True,
         }
-        if pictures := [image_url(part) for part in prompt.parts if not isinstance(part, str)]:
-            body["image_data"] = pictures
+        if images := [image_url(part) for part in prompt.parts if not isinstance(part, str)]:
+            body["image_data"] = images
         if self.adapter:
             body["lora_path"] = self.adapter
         reply = self._request("/generate", body)

@@ -65,7 +65,7 @@ class JudgeRows:
 
     questions: Sequence[Prompt] = ()
     """Questions with answers, for the understanding side."""
-    pictures: Sequence[Example] = ()
+    images: Sequence[Example] = ()
     """Images with descriptions, for the generation side."""
 
     def measures(self) -> dict[str, Callable[[Policy], torch.Tensor]]:
@@ -73,8 +73,8 @@ class JudgeRows:
         found: dict[str, Callable[[Policy], torch.Tensor]] = {}
         if self.questions:
             found["held_out"] = lambda policy: answer_probability(policy, self.questions)
-        if self.pictures:
-            found["held_out_generation"] = lambda policy: description_posterior(policy, self.pictures)
+        if self.images:
+            found["held_out_generation"] = lambda policy: description_posterior(policy, self.images)
         return found
 
 
@@ -147,7 +147,7 @@ def answer_probability(policy: Policy, questions: Sequence[Prompt]) -> torch.Ten
     )
 
 
-def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
+def description_posterior(policy: Policy, examples: Sequence[Example]) -> torch.Tensor:
     """Posterior probability of an image's own description against that of another image, (B,) in [0, 1].
 
         p_i = 1 / (1 + exp(-m_i)),  m_i = mean_k [ log p(x_i | c_i, noise_k) - log p(x_i | c_j, noise_k) ],
@@ -156,20 +156,20 @@ def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.
     descriptions, and all compared policies, share the noise. c_j: a hard negative, the next image of the same category
     with another description.
     """
-    positives = [example.prompt.parts for example in pictures]
-    contexts = positives + [pictures[j].prompt.parts for j in _hard_negatives(pictures)]
-    images = [target_image(example) for example in pictures] * 2
-    seeds = [derive_seed("told pictures", example.prompt.id) for example in pictures] * 2
+    positives = [example.prompt.parts for example in examples]
+    contexts = positives + [examples[j].prompt.parts for j in _hard_negatives(examples)]
+    images = [target_image(example) for example in examples] * 2
+    seeds = [derive_seed("told pictures", example.prompt.id) for example in examples] * 2
     judged = require_method(policy, "image_logprob").image_logprob(contexts, images, NUM_DRAWS, seeds)
     right, other = judged.mean(dim=1).cpu().chunk(2)
     return (right - other).sigmoid()
 
 
-def _hard_negatives(pictures: Sequence[Example]) -> list[int]:
+def _hard_negatives(examples: Sequence[Example]) -> list[int]:
     """For each image, the index of the next one with another description, of the same category if there is one."""
-    texts = [example.prompt.text for example in pictures]
-    category = [example.prompt.category for example in pictures]
-    n, found = len(pictures), []
+    texts = [example.prompt.text for example in examples]
+    category = [example.prompt.category for example in examples]
+    n, found = len(examples), []
     for i in range(n):
         differ = [j % n for j in range(i + 1, i + n) if texts[j % n] != texts[i]]
         found.append(next((j for j in differ if category[j] == category[i]), differ[0]))
@@ -210,14 +210,14 @@ def build_judge_rows(
         return JudgeRows()
     sides = used_sides(rewards)
     questions = judge_questions(config, prompts) if "read" in sides else []
-    pictures = list(examples()) if "draw" in sides else []
-    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({e.prompt.text for e in pictures}) < 2):
+    images = list(examples()) if "draw" in sides else []
+    if "draw" in sides and (len(images) < MIN_QUESTIONS or len({e.prompt.text for e in images}) < 2):
         raise InputError(
             f"judge.refresh_every={config.refresh_every}: a reward asks the generation side of the judge, and only "
-            f"{len(pictures)} held-out images with descriptions decide on a new one: give validation rows of task "
+            f"{len(images)} held-out images with descriptions decide on a new one: give validation rows of task "
             f"'generate' a target, at least {MIN_QUESTIONS} of two descriptions, or leave it out"
         )
-    return JudgeRows(questions, pictures)
+    return JudgeRows(questions, images)
 
 
 def judge_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> list[Prompt]:

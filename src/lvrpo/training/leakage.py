@@ -40,7 +40,7 @@ def require_no_overlap(index: Index, name: str, others: Iterable[ComparedPrompt]
     for row in others:
         where = index.same(row)
         if where is not None:
-            raise InputError(f"{row.where}: the same text and pictures as {where} of {name}: {remedy}")
+            raise InputError(f"{row.where}: the same text and images as {where} of {name}: {remedy}")
 
 
 def require_disjoint_splits(config: TrainConfig, opened: Mapping[Split, RowPrompts] | None = None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _remedy(estimate: MemoryEstimate) -> str:
         return "set precision.weights=bfloat16 with an adapter, or use a larger device"
     if estimate.peak_phase.startswith("replay"):
         return "set limits.microbatch_size=1 and limits.gradient_checkpointing=true, flow.timesteps_per_sample lower"
-    return "set rollout.group_size, data.prompts_per_step, rollout.max_new_tokens or the size of pictures lower"
+    return "set rollout.group_size, data.prompts_per_step, rollout.max_new_tokens or the size of images lower"
 
 
 def peak_memory_gib() -> float:

@@ -314,7 +314,7 @@ class SupervisedState:
         if draw < self.config.condition_dropout:
             return replace(example, dropped="text")
         if example.prompt.task == "edit" and draw < self.config.condition_dropout + self.config.picture_dropout:
-            return replace(example, dropped="picture")
+            return replace(example, dropped="image")
         return example
 
     def _run_length(self, kind: str) -> int:

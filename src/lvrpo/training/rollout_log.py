@@ -232,7 +232,7 @@ def _arrays(
         "success": _floats([successes.get(p, [np.nan] * G) for p in range(P)]),
         "traits": np.stack([traits for traits, _, _ in measured]),
         "text_diversity": _floats([texts for _, texts, _ in measured]),
-        "picture_diversity": _floats([pictures for _, _, pictures in measured]),
+        "picture_diversity": _floats([images for _, _, images in measured]),
         "advantages": advantages.detach().float().cpu().numpy(),
     }
 
@@ -253,20 +253,20 @@ def _floats(values: ArrayLike) -> NDArray[np.float32]:
 
 def _measure(group: Group) -> tuple[NDArray[np.float32], float, float]:
     """Traits of the members, diversity of the texts, diversity of the images."""
-    pictures = _pictures(group)
-    return _traits(group, pictures), _text_diversity(group), _picture_diversity(pictures)
+    images = _images(group)
+    return _traits(group, images), _text_diversity(group), _image_diversity(images)
 
 
-def _traits(group: Group, pictures: NDArray[np.float32] | None) -> NDArray[np.float32]:
+def _traits(group: Group, images: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """(G, 6)"""
     out = np.full((len(group), len(TRAITS)), np.nan, dtype=np.float32)
     for g, trajectory in enumerate(group.trajectories):
         texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
         if texts:
             out[g, :2] = sum(len(s.tokens) for s in texts), any(not s.ended for s in texts)
-    if pictures is not None:
-        out[:, 2:5] = pictures.mean(axis=2)
-        out[:, 5] = np.sqrt(pictures.var(axis=2).mean(axis=1))
+    if images is not None:
+        out[:, 2:5] = images.mean(axis=2)
+        out[:, 5] = np.sqrt(images.var(axis=2).mean(axis=1))
     return out
 
 
@@ -278,14 +278,14 @@ def _text_diversity(group: Group) -> float:
     return 1 - equal / (G * (G - 1))
 
 
-def _picture_diversity(pictures: NDArray[np.float32] | None) -> float:
+def _image_diversity(images: NDArray[np.float32] | None) -> float:
     """The mean squared difference over all pairs is twice the sample variance."""
-    if pictures is None or len(pictures) < 2:
+    if images is None or len(images) < 2:
         return float("nan")
-    return float(np.sqrt(2 * pictures.var(axis=0, ddof=1).mean()))
+    return float(np.sqrt(2 * images.var(axis=0, ddof=1).mean()))
 
 
-def _pictures(group: Group) -> NDArray[np.float32] | None:
+def _images(group: Group) -> NDArray[np.float32] | None:
     """Subsampled images, (G, 3, pixels)."""
     images = [t.image for t in group.trajectories if t.image is not None]
     if not images:

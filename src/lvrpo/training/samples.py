@@ -38,12 +38,12 @@ def write_samples(
     for group, success in zip(shown, successes, strict=True):
         if group.trajectories[0].image is None:
             continue
-        pictures = [Tile(image, "source") for image in group.prompt.images]
-        pictures += [
+        images = [Tile(image, "source") for image in group.prompt.images]
+        images += [
             Tile(t.image, t.text or "", good=None if ok is None else bool(ok))
             for t, ok in zip(group.trajectories, success, strict=True)
         ]
-        rows.append((group.prompt.text, pictures))
+        rows.append((group.prompt.text, images))
     folder = f"samples/{run.samples_dir(step).name}"
     if rows:
         run.write_bytes(f"{folder}/grid.png", png(image_grid(rows)))

@@ -217,9 +217,9 @@ def extend_run(run: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) 
 
 
 def data_fingerprints(config: TrainConfig, components: Components) -> dict[str, Any]:
-    """Fingerprints of the rows of the user by split, with the bytes of their pictures, and of their files; else empty.
+    """Fingerprints of the rows of the user by split, with the bytes of their images, and of their files; else empty.
 
-    Pictures are read whole, as the comparison of splits reads them: sizes and times of files miss changes, or differ
+    Images are read whole, as the comparison of splits reads them: sizes and times of files miss changes, or differ
     on another machine.
     """
     if config.data.source == "jsonl":
@@ -239,11 +239,11 @@ def require_same_rows(run: RunDirectory, found: Mapping[str, Any]) -> None:
         before = began.get(split)
         if not isinstance(before, dict):
             continue
-        then, pictures = before.get("rows"), now.get("rows_sha256")
+        then, images = before.get("rows"), now.get("rows_sha256")
         if now["sha256"] != before.get("sha256"):
             why = f"{then} then, {now['rows']} now" if then != now.get("rows") else "edited"
-        elif pictures != before.get("rows_sha256", pictures):  # runs of earlier versions have none
-            why = "a picture has other bytes"
+        elif images != before.get("rows_sha256", images):  # runs of earlier versions have none
+            why = "an image has other bytes"
         else:
             continue
         source = "datasets" if "rows" in now else "jsonl"

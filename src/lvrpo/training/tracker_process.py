@@ -38,7 +38,7 @@ class Tracker(Protocol):
         ...
 
     def image(self, step: int, name: str, file: Path) -> None:
-        """A picture file."""
+        """An image file."""
         ...
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -70,8 +70,8 @@ class TensorBoardTracker:
         content = file.read_bytes()  # a PNG, as it is
         width, height = struct.unpack(">II", content[16:24])
         proto = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
-        picture = proto.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
-        self.writer.file_writer.add_summary(proto(value=[proto.Value(tag=name, image=picture)]), step)
+        encoded = proto.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+        self.writer.file_writer.add_summary(proto(value=[proto.Value(tag=name, image=encoded)]), step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         lines = [columns, ["---"] * len(columns), *rows]

@@ -44,25 +44,25 @@ TOLERANCE = 2e-6
 """Of a replay in float32 in other company, relative to log-probs above 1."""
 
 
-def picture(seed: int, height: int = 16, width: int = 16) -> Image:
+def image(seed: int, height: int = 16, width: int = 16) -> Image:
     pixels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
     return pixels.float() / 255
 
 
 def prompts() -> list[Prompt]:
-    """All tasks, with pictures of three sizes; two questions about one picture."""
-    shared = picture(1)
+    """All tasks, with images of three sizes; two questions about one image."""
+    shared = image(1)
     return [
         Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
         Prompt("u1", "understand", (shared, "is it a red circle"), ("text",)),
-        Prompt("u2", "understand", (picture(2, 9, 16), "is it blue"), ("text",)),
+        Prompt("u2", "understand", (image(2, 9, 16), "is it blue"), ("text",)),
         Prompt("g0", "generate", ("a red circle",), ("image",)),
         Prompt("g1", "generate", ("two blue squares and more",), ("image",)),
-        Prompt("e0", "edit", (picture(3), "make it red"), ("image",)),
-        Prompt("e1", "edit", (picture(4, 8, 16), "make it blue"), ("image",)),
-        Prompt("e2", "edit", (picture(5, 16, 16), picture(4, 8, 16), "mix them"), ("image",)),
+        Prompt("e0", "edit", (image(3), "make it red"), ("image",)),
+        Prompt("e1", "edit", (image(4, 8, 16), "make it blue"), ("image",)),
+        Prompt("e2", "edit", (image(5, 16, 16), image(4, 8, 16), "mix them"), ("image",)),
         Prompt("r0", "reason", ("draw one",), ("text", "image")),
-        Prompt("r1", "reason", (picture(6), "what is the sum"), ("text",)),
+        Prompt("r1", "reason", (image(6), "what is the sum"), ("text",)),
     ]
 
 
@@ -131,8 +131,8 @@ def test_a_drawing_smaller_than_any_source_is_replayed(small: BagelPolicy) -> No
             replace(BASE, image_size=(28, 16)),
             "28 pixels: this model can draw up to 24 x 24: shrink it",
         ),
-        (Prompt("e0", "edit", ("make it red",), ("image",)), BASE, "task 'edit' needs a picture"),
-        (Prompt("u0", "understand", ("what is it",), ("text",)), BASE, "task 'understand' needs a picture"),
+        (Prompt("e0", "edit", ("make it red",), ("image",)), BASE, "task 'edit' needs an image"),
+        (Prompt("u0", "understand", ("what is it",), ("text",)), BASE, "task 'understand' needs an image"),
         (Prompt("g0", "generate", ("a " * 40_000,), ("image",)), BASE, "the limit is 32768: shorten it"),
     ],
 )
@@ -148,7 +148,7 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 64}))
     policy = BagelPolicy.load(folder)
     assert policy.default_sampling("understand").max_new_tokens == 32
-    asked = Prompt("u", "understand", (picture(1), "what is it"), ("text",))
+    asked = Prompt("u", "understand", (image(1), "what is it"), ("text",))
     room = 64 - 2 - policy.count_tokens(Trajectory(asked, 0, (), 0)).context
     policy.sample([asked], replace(BASE, max_new_tokens=room), [0])
     with pytest.raises(InputError, match=rf"prompt 'u': .* shorten it, or write less: max_new_tokens <= {room}$"):
@@ -158,8 +158,8 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
     with pytest.raises(InputError, match=r"prompt 'g': \d+ tokens and 38 after them, the limit is 64: shorten it$"):
         policy.sample([replace(drawn, parts=("a" * 40,))], replace(BASE, image_size=(24, 24)), [0])
     for judge in (
-        lambda: policy.text_logprob([(picture(1), "q")], ["a b " * 40]),
-        lambda: policy.image_logprob([("a b " * 40,)], [picture(1)], draws=1, seeds=[0]),
+        lambda: policy.text_logprob([(image(1), "q")], ["a b " * 40]),
+        lambda: policy.image_logprob([("a b " * 40,)], [image(1)], draws=1, seeds=[0]),
     ):
         with pytest.raises(InputError, match=r"to judge: \d+ tokens and \d+ after them, the limit is 64"):
             judge()
@@ -180,21 +180,21 @@ def test_thinking_begins_with_the_published_instruction(small: BagelPolicy) -> N
     assert [piece.span.kind for piece in small._row(prompts()[5])] == ["clean", "read", "text"]
 
 
-def test_condition_noise_is_a_function_of_the_picture(small: BagelPolicy) -> None:
-    one, other = picture(1), picture(1)
+def test_condition_noise_is_a_function_of_the_image(small: BagelPolicy) -> None:
+    one, other = image(1), image(1)
     assert torch.equal(small.encoders.encode_latents([one]), small.encoders.encode_latents([other]))
-    both = small.encoders.encode_latents([picture(2), one])
+    both = small.encoders.encode_latents([image(2), one])
     assert float((both[1] - small.encoders.encode_latents([one])[0]).abs().max()) < 1e-5
 
 
 def test_judges(small: BagelPolicy) -> None:
-    contexts = [(picture(1), "what is it"), ("two circles",), (picture(2, 9, 16),)]
+    contexts = [(image(1), "what is it"), ("two circles",), (image(2, 9, 16),)]
     texts = ["red", "a blue square", "one"]
     together = small.text_logprob(contexts, texts)
     alone = torch.cat([small.text_logprob([c], [t]) for c, t in zip(contexts, texts, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    images = [picture(3), picture(4, 8, 16), picture(5)]
-    drawn = [("a",), ("b c",), (picture(1), "d")]
+    images = [image(3), image(4, 8, 16), image(5)]
+    drawn = [("a",), ("b c",), (image(1), "d")]
     together = small.image_logprob(drawn, images, draws=2, seeds=[3, 4, 3])
     alone = torch.cat([small.image_logprob([drawn[i]], [images[i]], draws=2, seeds=[3 + i]) for i in range(2)])
     torch.testing.assert_close(together[:2], alone, rtol=1e-5, atol=1e-4)
@@ -202,9 +202,9 @@ def test_judges(small: BagelPolicy) -> None:
 
 def examples() -> list[Example]:
     asked = prompts()
-    outputs = ("red", "no", "yes", picture(11), picture(12), picture(13), picture(14, 8, 16), picture(15, 8, 16))
+    outputs = ("red", "no", "yes", image(11), image(12), image(13), image(14, 8, 16), image(15, 8, 16))
     rows = [Example(prompt, (output,)) for prompt, output in zip(asked, outputs, strict=False)]
-    return [*rows, Example(asked[8], ("one", picture(16))), Example(asked[9], ("seven",))]
+    return [*rows, Example(asked[8], ("one", image(16))), Example(asked[9], ("seven",))]
 
 
 def test_supervised_text_is_the_judge_of_text(small: BagelPolicy) -> None:
@@ -215,7 +215,7 @@ def test_supervised_text_is_the_judge_of_text(small: BagelPolicy) -> None:
 
 
 def test_conditions_may_be_left_out_by_whoever_makes_the_rows(small: BagelPolicy) -> None:
-    bare = [Example(Prompt("e0", "edit", parts, ("image",)), (picture(1),)) for parts in ((), ("make it red",))]
+    bare = [Example(Prompt("e0", "edit", parts, ("image",)), (image(1),)) for parts in ((), ("make it red",))]
     losses = small.supervised_losses(bare, torch.Generator().manual_seed(0))
     assert set(losses) == {"image"}
 
@@ -280,7 +280,7 @@ def test_bfloat16_is_near(saved: Path, small: BagelPolicy) -> None:
 
 def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.png"
-    pixels = (picture(7, 8, 16) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = (image(7, 8, 16) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
     PilImage.fromarray(pixels).save(source)
     model, device = str(saved), ["--device", "cpu"]
     few = [*device, "--max-new-tokens", "4"]
@@ -324,7 +324,7 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert len(error.splitlines()) == 1
     odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x14", *generation]
     assert main(odd) == 2
-    assert capsys.readouterr().err == "error: a picture of 10 x 14 pixels: use multiples of 4, such as 8 x 16\n"
+    assert capsys.readouterr().err == "error: an image of 10 x 14 pixels: use multiples of 4, such as 8 x 16\n"
 
 
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,8 +355,8 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("vit_width=8 vit_heads=16", "vit_width=8, vit_heads=16: the width must be a multiple of the heads"),
         ("key_heads=3", "key_heads=3: must divide heads=8"),
         ("width=20 heads=4", "width=20, heads=4: the width must be heads times an even number"),
-        ("read_side=2", "read_side=2: a picture of image_size=64 has 4 x 4 places: use read_side >= 4"),
-        ("latent_side=2", "latent_side=2: a picture of image_size=64 has 4 x 4 places: use latent_side >= 4"),
+        ("read_side=2", "read_side=2: an image of image_size=64 has 4 x 4 places: use read_side >= 4"),
+        ("latent_side=2", "latent_side=2: an image of image_size=64 has 4 x 4 places: use latent_side >= 4"),
         ("vae={multipliers:[]}", "vae.multipliers=[]: must have at least 1 entries"),
         ("vae={multipliers:[0,1]}", "vae.multipliers.0=0: must be >= 1"),
         ("vae={scale:0}", "vae.scale=0: must be > 0"),
@@ -375,8 +375,8 @@ def test_sizes_that_do_not_fit(sizes: str, message: str, tmp_path: Path, capsys:
     assert not (tmp_path / "made").exists()
 
 
-def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None:
-    parts = [picture(1), "a red circle", picture(2, 8, 16), "blue"]
+def test_states_of_texts_and_of_images_of_any_size(small: BagelPolicy) -> None:
+    parts = [image(1), "a red circle", image(2, 8, 16), "blue"]
     for layer in (0, 2):
         states = small.hidden_states(parts, layer)
         grids = [small.encoders.vision_grid(part) for part in parts if isinstance(part, torch.Tensor)]
@@ -414,7 +414,7 @@ def test_an_image_is_encoded_once_until_the_autoencoder_changes(
     policy, encoded = copy.deepcopy(small), []
     encode = policy.encoders.encode_pixels
     monkeypatch.setattr(policy.encoders, "encode_pixels", lambda *args: encoded.append(1) or encode(*args))
-    one, other = picture(1), picture(2)
+    one, other = image(1), image(2)
     first = policy.encoders.encode_latents([one, other, one])
     assert torch.equal(first, small.encoders.encode_latents([one, other, one]))
     assert torch.equal(policy.encoders.encode_latents([other]), first[1:2])

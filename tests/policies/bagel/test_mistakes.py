@@ -53,7 +53,7 @@ def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other
     patch.setattr(ModelRunner, "run", mistaken)
 
 
-def markers_of_a_noisy_picture_drawn(parity: Any, patch: Patch) -> None:
+def markers_of_a_noisy_image_drawn(parity: Any, patch: Patch) -> None:
     swapped_experts(parity, patch, noisy_only=True, one="understanding", other="generation")
 
 
@@ -67,7 +67,7 @@ def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], R
     patch.setattr(attention, "row_layout", lambda spans, mask=True: change(spans, right(spans, mask)))
 
 
-def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
+def one_rope_id_per_image_token(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
         n = len(layout.rope_ids)
         return RowLayout(layout.generation, np.arange(n), layout.visible, n)
@@ -75,14 +75,14 @@ def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
     other_layout(patch, change)
 
 
-def causal_inside_pictures(parity: Any, patch: Patch) -> None:
+def causal_inside_images(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
         return RowLayout(layout.generation, layout.rope_ids, np.tril(layout.visible), layout.rope_advance)
 
     other_layout(patch, change)
 
 
-def noisy_pictures_seen_by_all(parity: Any, patch: Patch) -> None:
+def noisy_images_seen_by_all(parity: Any, patch: Patch) -> None:
     def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
         visible = layout.visible | np.tril(np.ones_like(layout.visible))
         return RowLayout(layout.generation, layout.rope_ids, visible, layout.rope_advance)
@@ -172,12 +172,12 @@ MISTAKES: list[tuple[Callable[[Any, Patch], None], str]] = [
     (half_the_latent_side, "velocities"),
     (image_width_as_stride, "understanding"),
     (image_width_as_stride, "velocities"),
-    (markers_of_a_noisy_picture_drawn, "velocities"),
+    (markers_of_a_noisy_image_drawn, "velocities"),
     (clean_latents_read, "velocities"),
-    (one_rope_id_per_picture_token, "understanding"),
-    (one_rope_id_per_picture_token, "velocities"),
-    (causal_inside_pictures, "velocities"),
-    (noisy_pictures_seen_by_all, "training"),
+    (one_rope_id_per_image_token, "understanding"),
+    (one_rope_id_per_image_token, "velocities"),
+    (causal_inside_images, "velocities"),
+    (noisy_images_seen_by_all, "training"),
     (channel_first_patches, "understanding"),
     (channel_first_patches, "velocities"),
     (thousandfold_time, "velocities"),

@@ -36,18 +36,18 @@ FLOAT32, BFLOAT16 = 2e-6, 5e-3
 """Largest distance of replayed to sampled log-probs in other company, relative to log-probs above 1."""
 
 
-def picture(seed: int, height: int = 16, width: int = 16) -> Image:
+def image(seed: int, height: int = 16, width: int = 16) -> Image:
     pixels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
     return pixels.float() / 255
 
 
 def prompts() -> list[Prompt]:
-    """Every task; pictures of three sizes, as source and as output."""
+    """Every task; images of three sizes, as source and as output."""
     return [
-        Prompt("u", "understand", (picture(2, 9, 16), "is it blue"), ("text",)),
+        Prompt("u", "understand", (image(2, 9, 16), "is it blue"), ("text",)),
         Prompt("g", "generate", ("two blue squares",), ("image",)),
-        Prompt("e", "edit", (picture(3), "make it red"), ("image",)),
-        Prompt("f", "edit", (picture(4, 8, 16), "make it blue"), ("image",)),
+        Prompt("e", "edit", (image(3), "make it red"), ("image",)),
+        Prompt("f", "edit", (image(4, 8, 16), "make it blue"), ("image",)),
         Prompt("r", "reason", ("draw one",), ("text", "image")),
     ]
 
@@ -213,8 +213,8 @@ def test_tokens_that_go_through_at_once_are_bounded(own: BagelPolicy, monkeypatc
     with torch.no_grad():
         own.logprobs(trajectories)
         own.velocity(trajectories[3:6] * 4, torch.zeros(12, 16, own.encoders.channels), torch.full((12,), 0.5))
-        own.image_logprob([("a",)] * 20, [picture(1)] * 20, draws=1, seeds=[0] * 20)
-        own.text_logprob([(picture(1), "a")] * 20, ["b c"] * 20)
+        own.image_logprob([("a",)] * 20, [image(1)] * 20, draws=1, seeds=[0] * 20)
+        own.text_logprob([(image(1), "a")] * 20, ["b c"] * 20)
     assert len(seen) > 20
     longest = max(sum(piece.span.length for piece in own._row(p)) for p in prompts())  # the thinking prompt alone
     assert max(seen) <= max(100, longest)

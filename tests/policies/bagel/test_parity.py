@@ -29,7 +29,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("section", ["pictures", "text", "understanding", "velocities", "trajectories", "autoencoder"])
+@pytest.mark.parametrize("section", ["images", "text", "understanding", "velocities", "trajectories", "autoencoder"])
 def test_section(section: str, parity: Any, report: Callable[..., None]) -> None:
     report(section, getattr(parity, section)())
 
@@ -83,9 +83,9 @@ def distance(got: torch.Tensor, ref: torch.Tensor) -> float:
 def test_rule_for_sizes(parity: Any) -> None:
     rules = RULES | {"vae_set": (parity.policy.config.settings.latent_resize, 1)}
     for row in parity.meta["resize_table"]:
-        for name, (rule, pictures) in rules.items():
+        for name, (rule, images) in rules.items():
             if row[name] is not None:
-                assert list(rule.size(*row["in_wh"], pictures)) == row[name], (name, row)
+                assert list(rule.size(*row["in_wh"], images)) == row[name], (name, row)
 
 
 def test_tokens(parity: Any) -> None:

@@ -12,7 +12,7 @@ from lvrpo.config import load_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel import create
-from lvrpo.policies.bagel.create import PICTURES, BagelSizes, collages, create_bagel, stacked, train_autoencoder
+from lvrpo.policies.bagel.create import IMAGES, BagelSizes, collages, create_bagel, stacked, train_autoencoder
 from lvrpo.policies.bagel.encoders import VaeConfig
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.pretrain import PretrainConfig, SupervisedState, initial_policy
@@ -69,7 +69,7 @@ def test_the_autoencoder_learns_and_its_latents_have_deviation_one(
     assert 0 < found.largest <= 1
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
     assert not any(p.requires_grad for p in policy.encoders.latent_vae.parameters())
-    pixels = stacked(policy, scenes(PICTURES, 64))
+    pixels = stacked(policy, scenes(IMAGES, 64))
     latents = policy.encoders.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
     assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)
@@ -135,7 +135,7 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "made").exists()
 
 
-def test_pictures_are_as_loud_as_their_places() -> None:
+def test_images_are_as_loud_as_their_places() -> None:
     encoders = create_bagel(SIZES.model_copy(update={"vit_width": 64})).encoders
     pixels = torch.stack([encoders.read_pixels(image) for image in scenes(0, 24)])
     with torch.no_grad():
@@ -143,15 +143,15 @@ def test_pictures_are_as_loud_as_their_places() -> None:
     assert 0.5 < float(embedded.std(dim=0).mean()) < 1.5  # torch's defaults give 0.08
 
 
-def test_larger_batches_of_the_autoencoder_use_more_pictures() -> None:
+def test_larger_batches_of_the_autoencoder_use_more_images() -> None:
     asked: list[tuple[int, int]] = []
 
-    def pictures(first: int, count: int) -> list[Image]:
+    def images(first: int, count: int) -> list[Image]:
         asked.append((first, count))
         return [torch.full((3, 32, 32), 0.5)] * count
 
-    found = train_autoencoder(create_bagel(SIZES), pictures, 2, batch=24)
-    assert asked == [(0, 48), (48, 48), (PICTURES, 64)]
+    found = train_autoencoder(create_bagel(SIZES), images, 2, batch=24)
+    assert asked == [(0, 48), (48, 48), (IMAGES, 64)]
     assert found.before.shape == found.after.shape == (64, 3, 32, 32)
 
 

@@ -1,4 +1,4 @@
-"""One update of BAGEL: all tasks, pictures of several sizes, any limit on what is replayed at once."""
+"""One update of BAGEL: all tasks, images of several sizes, any limit on what is replayed at once."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ GUIDED: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {"guided steps": GUIDED, "fresh noise": {"flow": {"kind": "nft"}}}
 
 
-def picture(seed: int, height: int = 16, width: int = 16) -> Image:
+def image(seed: int, height: int = 16, width: int = 16) -> Image:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def prompts() -> list[Prompt]:
     return [
-        Prompt("u", "understand", (picture(1, 9, 16), "is it blue"), ("text",)),
+        Prompt("u", "understand", (image(1, 9, 16), "is it blue"), ("text",)),
         Prompt("g", "generate", ("two blue squares",), ("image",)),
-        Prompt("e", "edit", (picture(2), "make it red"), ("image",)),
-        Prompt("f", "edit", (picture(3, 8, 16), "make it blue"), ("image",)),
+        Prompt("e", "edit", (image(2), "make it red"), ("image",)),
+        Prompt("f", "edit", (image(3, 8, 16), "make it blue"), ("image",)),
         Prompt("r", "reason", ("draw one",), ("text", "image")),
     ]
 

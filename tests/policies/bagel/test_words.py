@@ -15,7 +15,7 @@ def words() -> BagelTokenizer:
 
 @pytest.mark.parametrize("marker", [*MARKERS, PADDING])
 def test_a_marker_in_a_text_is_plain_text(marker: str, words: BagelTokenizer) -> None:
-    """Whoever writes it does not end the text, or begin a picture."""
+    """Whoever writes it does not end the text, or begin an image."""
     text = f"a red{marker}circle"
     ids = words.encode(text)
     assert words.tokenizer.token_to_id(marker) not in ids

@@ -1,4 +1,4 @@
-"""Sampling and replay: the pipeline's own pictures without noise, the replay law with it."""
+"""Sampling and replay: the pipeline's own images without noise, the replay law with it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def ode(policy: DiffusersPolicy, guidance: float) -> Sampling:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_without_noise_the_picture_is_that_of_the_pipeline(
+def test_without_noise_the_image_is_that_of_the_pipeline(
     kind: str,
     guidance: float,
     policy: DiffusersPolicy,
@@ -85,10 +85,10 @@ def test_without_noise_the_picture_is_that_of_the_pipeline(
         given = of_the_pipeline(policy, list(group.trajectories), guidance) | {"num_images_per_prompt": 2}
         (text,) = group.prompt.parts
         latents = pipe(prompt=text, output_type="latent", **given)[0]
-        pictures = pipe(prompt=text, output_type="pt", **given)[0]
+        images = pipe(prompt=text, output_type="pt", **given)[0]
         own = torch.stack([segment(t).latent for t in group.trajectories])
         assert (own - (latents if is_packed(policy) else pack(latents, 2))).abs().max() < 2e-5
-        assert (torch.stack([segment(t).image for t in group.trajectories]) - pictures).abs().max() < 2e-5
+        assert (torch.stack([segment(t).image for t in group.trajectories]) - images).abs().max() < 2e-5
     one, other = (segment(group.trajectories[0]).latent for group in groups)
     assert not torch.equal(one, other)
 
@@ -220,7 +220,7 @@ def test_a_prompt_is_encoded_once_for_all_who_use_it(
     assert torch.equal(segment(members(again)[0]).latent, segment(trajectories[0]).latent)
 
 
-def test_pictures_are_decoded_a_few_at_a_time(
+def test_images_are_decoded_a_few_at_a_time(
     policy: DiffusersPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = torch.stack([segment(one).latent for one in members(policy.sample(prompts, ODE, [1, 2, 3]))])
@@ -276,8 +276,8 @@ def test_a_saved_pipeline_is_one_of_diffusers(
     again.save(Path("saved"))  # over the files that it was read from
     assert "saved" not in (Path("saved") / "transformer/config.json").read_text()
     given = of_the_pipeline(policy, [one.trajectories[0]], 1.0)
-    pictures = pipeline(Path("saved"))(prompt="a red circle", output_type="pt", **given)[0]
-    assert (pictures[0] - segment(one.trajectories[0]).image).abs().max() < 2e-5
+    images = pipeline(Path("saved"))(prompt="a red circle", output_type="pt", **given)[0]
+    assert (images[0] - segment(one.trajectories[0]).image).abs().max() < 2e-5
 
 
 def test_a_pipeline_without_weights_draws_without_values(
@@ -329,8 +329,8 @@ def test_an_adapter_is_read_by_peft_into_the_pipeline(
     given = of_the_pipeline(policy, [moved.trajectories[0]], 1.0)
     pipe = pipeline(folders(kind))
     pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "adapter")
-    picture = pipe(prompt="a red circle", output_type="pt", **given)[0][0]
-    assert (picture - segment(moved.trajectories[0]).image).abs().max() < 2e-5
+    image = pipe(prompt="a red circle", output_type="pt", **given)[0][0]
+    assert (image - segment(moved.trajectories[0]).image).abs().max() < 2e-5
 
 
 def test_an_edit_is_that_of_the_pipeline_beside_prompts_without_a_source(
@@ -353,8 +353,8 @@ def test_an_edit_is_that_of_the_pipeline_beside_prompts_without_a_source(
     for group, source in zip(groups, (sources[0], None, sources[1]), strict=True):
         given = of_the_pipeline(policy, list(group.trajectories), 2.5) | {"num_images_per_prompt": 2}
         image = None if source is None else to_pil(source)
-        pictures = pipe(image=image, prompt=group.prompt.parts[-1], output_type="pt", **given)[0]
-        assert (torch.stack([segment(t).image for t in group.trajectories]) - pictures).abs().max() < 2e-5
+        images = pipe(image=image, prompt=group.prompt.parts[-1], output_type="pt", **given)[0]
+        assert (torch.stack([segment(t).image for t in group.trajectories]) - images).abs().max() < 2e-5
     one, _, other = (segment(group.trajectories[0]).latent for group in groups)
     assert (one - other).abs().max() > 1e-3  # of one seed and text
     # the replay, and velocities of a batch with both kinds
@@ -371,7 +371,7 @@ def test_an_edit_is_that_of_the_pipeline_beside_prompts_without_a_source(
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
     with_source, without = (policy.count_tokens(trajectories[i]).image for i in (0, 4))
     assert with_source - without == 16
-    with pytest.raises(InputError, match="prompt 'e': has 2 pictures: this model edits one: leave the others out"):
+    with pytest.raises(InputError, match="prompt 'e': has 2 images: this model edits one: leave the others out"):
         policy.sample([Prompt("e", "edit", (*sources, "join them"), ("image",))], ODE, [1])
 
 
@@ -381,7 +381,7 @@ def test_an_edit_is_that_of_the_pipeline_beside_prompts_without_a_source(
         (Prompt("u", "understand", ("what is it",), ("text",)), "draws and writes nothing"),
         (
             Prompt("e", "generate", (torch.zeros(3, 32, 32), "redder"), ("image",)),
-            "from text alone, not from a picture",
+            "from text alone, not from an image",
         ),
         (Prompt("l", "generate", ("letters " * 100,), ("image",)), r"prompt 'l': a prompt of \d+ tokens: .* limit is"),
         (Prompt("l", "generate", ("a" * 1_000_000,), ("image",)), r"prompt 'l': a prompt of \d+ tokens: 'aaaa"),

@@ -188,8 +188,8 @@ def test_without_weights_it_edits_without_values(folders: Callable[[str], Path],
 
 def test_what_it_cannot_be_asked_is_one_line(policy: DiffusersPolicy, sources: list[torch.Tensor]) -> None:
     for parts, words in (
-        (("a red circle",), "prompt 'p': this model edits a picture and draws none from text alone: give it one"),
-        ((*sources, "join them"), "prompt 'p': has 2 pictures: this model edits one: leave the others out"),
+        (("a red circle",), "prompt 'p': this model edits an image and draws none from text alone: give it one"),
+        ((*sources, "join them"), "prompt 'p': has 2 images: this model edits one: leave the others out"),
         ((sources[0], "a <|image_pad|>"), r"prompt 'p': 'a <\|image_pad\|>': holds <\|image_pad\|>, a marker"),
         ((sources[0], "letters " * 100), r"prompt 'p': a prompt of \d+ tokens: 'letters .* the limit is \d+"),
     ):
@@ -212,9 +212,7 @@ def test_a_damaged_processor_is_one_line(folders: Callable[[str], Path]) -> None
     index = json.loads((folder / "model_index.json").read_text())
     for name in ("AutoProcessor", "Qwen2Tokenizer"):
         change_json(folder / "model_index.json", processor=["transformers", name])
-        with pytest.raises(
-            InputError, match=r"edits/processor: a \w+ reads no pictures: use the model's own processor"
-        ):
+        with pytest.raises(InputError, match=r"edits/processor: a \w+ reads no images: use the model's own processor"):
             load_policy(folder)
     change_json(folder / "model_index.json", **index)
     file.write_text("{")

@@ -35,8 +35,8 @@ def processor(folder: Path) -> Any:
 def inputs_of(processor: Any, parts: tuple[Part, ...]) -> Any:
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pictures = [to_pil(part) for part in parts if not isinstance(part, str)]
-    return processor(text=[text], images=pictures or None, return_tensors="pt")
+    images = [to_pil(part) for part in parts if not isinstance(part, str)]
+    return processor(text=[text], images=images or None, return_tensors="pt")
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_greedy_answers_and_their_log_probs_are_the_library_s(
 
 
 def constrained(model: Any, processor: Any, height: int, width: int) -> Callable[[int, torch.Tensor], list[int]]:
-    """The layout of an image, for ``generate``: lines of image tokens, then the ends of frame, picture and text."""
+    """The layout of an image, for ``generate``: lines of image tokens, then the ends of frame, image and text."""
     tokens, named = processor.tokenizer, model.config.vocabulary_map
     ends = [tokens.eof_token_id, tokens.eoi_token_id, tokens.eos_token_id]
 
@@ -122,8 +122,8 @@ def test_drawings_from_the_same_random_numbers_are_the_library_s(
             codes = model.vocabulary_mapping.convert_bpe2img(written[:, :-3].view(1, h, w + 1))
             assert segment.tokens.tolist() == codes.flatten().tolist()
             pixels = model.decode_image_tokens(image_tokens=written, height=h, width=w)
-            picture = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"][0]
-            levels = segment.image.permute(1, 2, 0) * 255 - torch.from_numpy(np.asarray(picture).astype(np.float32))
+            image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"][0]
+            levels = segment.image.permute(1, 2, 0) * 255 - torch.from_numpy(np.asarray(image).astype(np.float32))
             assert segment.image.shape == (3, 32, 24)
             assert float(levels.min()) >= -1e-3
             assert float(levels.max()) <= 1.001  # theirs are cut to whole levels
@@ -139,17 +139,17 @@ def test_drawings_from_the_same_random_numbers_are_the_library_s(
 
 
 @torch.no_grad()
-def test_pictures_are_read_as_by_the_library(emu3: Emu3Policy, model: Any, processor: Any) -> None:
-    """A picture of another size than the model's, in the places of a question."""
-    picture = torch.rand(3, 20, 40, generator=torch.Generator().manual_seed(2))
-    inputs = inputs_of(processor, (picture, "yes or no"))
+def test_images_are_read_as_by_the_library(emu3: Emu3Policy, model: Any, processor: Any) -> None:
+    """An image of another size than the model's, in the places of a question."""
+    image = torch.rand(3, 20, 40, generator=torch.Generator().manual_seed(2))
+    inputs = inputs_of(processor, (image, "yes or no"))
     ids = inputs.input_ids[0]
     expected = ids.masked_scatter(
         ids == processor.image_token_id, model.model.get_image_tokens(inputs.pixel_values, inputs.image_sizes).long()
     )
-    row = emu3.context((picture, "yes or no"), ("text",))
+    row = emu3.context((image, "yes or no"), ("text",))
     assert row.ids == tuple(expected.tolist())
-    assert len(emu3.encode_image(picture).unique()) > 1
+    assert len(emu3.encode_image(image).unique()) > 1
 
 
 @torch.no_grad()

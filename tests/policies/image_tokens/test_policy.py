@@ -70,7 +70,7 @@ def test_what_goes_through_at_once_changes_nothing(own: ImageTokenPolicy, prompt
     assert drawn.image - len(free.ids) == drawn.text - len(own._row(prompts[3], (), (32, 32)).ids)
 
 
-def test_a_picture_thought_about_follows_its_words(policy: ImageTokenPolicy, prompts: list[Prompt]) -> None:
+def test_a_image_thought_about_follows_its_words(policy: ImageTokenPolicy, prompts: list[Prompt]) -> None:
     """The log-probs of image tokens change with the plan, which stands in the place of the answer."""
     (trajectory,) = members(policy.sample(prompts[5:6], replace(BASE, group_size=1, guidance_scale=1.0), [3]))
     text, drawn = trajectory.segments
@@ -152,9 +152,9 @@ def test_both_sides_judge(policy: ImageTokenPolicy, prompts: list[Prompt]) -> No
     assert torch.equal(found[:, 0], found[:, 1])
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
-    words, picture = policy.hidden_states(["a red circle", parts[0]], 1)
+    words, image = policy.hidden_states(["a red circle", parts[0]], 1)
     assert words.shape == (len(policy.input_row("a red circle")[1]), 64)
-    assert picture.shape == (16, 64)
+    assert image.shape == (16, 64)
     with pytest.raises(InputError, match="layer=3: the policy has 2 layers"):
         policy.hidden_states(["a"], 3)
 
@@ -162,7 +162,7 @@ def test_both_sides_judge(policy: ImageTokenPolicy, prompts: list[Prompt]) -> No
 PLAIN = Prompt("s", "generate", ("x",), ("image",))
 REFUSED: list[tuple[Prompt, Sampling, str]] = [
     (Prompt("e", "edit", (torch.rand(3, 32, 32), "red"), ("image",)), BASE, "draws from text alone, not from a pict"),
-    (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs a picture"),
+    (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs an image"),
     (Prompt("o", "reason", ("x",), ("image", "text")), BASE, "answers, draws, or thinks and draws, not image,"),
     (Prompt("m", "generate", ("a <MARKER>",), ("image",)), BASE, "holds <MARKER>, a marker of the model"),
     (Prompt("q", "reason", ("a <MARKER>",), ("text",)), BASE, "holds <MARKER>, a marker of the model"),

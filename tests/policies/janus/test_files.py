@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
             "config.json",
             vision_config=json.loads((folder / "config.json").read_text())["vision_config"] | {"num_image_tokens": 25},
         )(folder),
-        "num_image_tokens=25: pictures of 32 x 32 in patches of 8 x 8 have 16",
+        "num_image_tokens=25: images of 32 x 32 in patches of 8 x 8 have 16",
     ),
     "no config": (delete("config.json"), "holds no config.json"),
     "bad config": (change_json("config.json", text_config="x"), "config.json: "),

@@ -36,11 +36,11 @@ def pil(image: Image) -> PilImage.Image:
 def inputs_of(processor: Any, parts: tuple[Part, ...], **kwargs: Any) -> Any:
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pictures = [pil(part) for part in parts if not isinstance(part, str)]
-    return processor(text=[text], images=pictures or None, return_tensors="pt", **kwargs)
+    images = [pil(part) for part in parts if not isinstance(part, str)]
+    return processor(text=[text], images=images or None, return_tensors="pt", **kwargs)
 
 
-def test_prompts_and_pictures_are_prepared_as_by_the_processor(
+def test_prompts_and_images_are_prepared_as_by_the_processor(
     janus: JanusPolicy, processor: Any, prompts: list[Prompt]
 ) -> None:
     image_token = janus.processor.ids["image_token"]
@@ -48,7 +48,7 @@ def test_prompts_and_pictures_are_prepared_as_by_the_processor(
         theirs = inputs_of(processor, prompt.parts)
         ours = [image_token if i < 0 else i for i in janus.processor.prompt(prompt.parts, draws=False)]
         assert ours == theirs.input_ids[0].tolist()
-        pixels = janus.processor.pictures.pixels([part for part in prompt.parts if not isinstance(part, str)])
+        pixels = janus.processor.images.pixels([part for part in prompt.parts if not isinstance(part, str)])
         levels = (pixels - theirs.pixel_values).abs() * 255 / 2
         assert float(levels.max()) < (1e-3 if "u2" not in prompt.id else 1.01)  # resized in 8 bits
         assert float(levels.mean()) < 0.1
@@ -85,13 +85,13 @@ def test_greedy_drawings_and_their_guided_log_probs_are_the_library_s(
     inputs = processor(text=texts, generation_mode="image", padding=True, return_tensors="pt")
     codes = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=3.0)
     pixels = model.decode_image_tokens(codes).permute(0, 3, 1, 2)
-    pictures = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
-    for group, own, picture in zip(groups, codes, pictures, strict=True):
+    images = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+    for group, own, image in zip(groups, codes, images, strict=True):
         for trajectory in group.trajectories:
             (segment,) = trajectory.segments
             assert isinstance(segment, ImageTokenSegment)
             assert segment.tokens.tolist() == own.tolist()
-            levels = segment.image.permute(1, 2, 0) * 255 - torch.from_numpy(np.asarray(picture).astype(np.float32))
+            levels = segment.image.permute(1, 2, 0) * 255 - torch.from_numpy(np.asarray(image).astype(np.float32))
             assert float(levels.min()) + 1e-3 >= 0
             assert float(levels.max()) <= 1.001  # theirs are cut to whole levels
 
@@ -111,10 +111,10 @@ def test_greedy_drawings_and_their_guided_log_probs_are_the_library_s(
 
 
 @torch.no_grad()
-def test_pictures_are_quantized_as_by_the_library(janus: JanusPolicy, model: Any, prompts: list[Prompt]) -> None:
-    pictures = [part for part in prompts[2].parts if not isinstance(part, str)]
-    codes = torch.stack([janus.encode_image(picture) for picture in pictures])
-    pixels = janus.processor.pictures.pixels(pictures)
+def test_images_are_quantized_as_by_the_library(janus: JanusPolicy, model: Any, prompts: list[Prompt]) -> None:
+    images = [part for part in prompts[2].parts if not isinstance(part, str)]
+    codes = torch.stack([janus.encode_image(image) for image in images])
+    pixels = janus.processor.images.pixels(images)
     assert codes.flatten().tolist() == model.model.vqmodel.encode(pixels).image_tokens.flatten().tolist()
     assert len(codes.unique()) > 1
 

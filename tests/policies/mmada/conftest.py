@@ -14,5 +14,5 @@ folder, mmada = family_fixtures("mmada")
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Without the one about two pictures, of which it reads one."""
+    """Without the one about two images, of which it reads one."""
     return [prompt for prompt in prompts_of_all_tasks() if prompt.id != "u2"]

@@ -26,7 +26,7 @@ pytest.importorskip("transformers")
 
 VECTORS = Path(__file__).parent / "vectors"
 ABSOLUTE = 2e-5
-PICTURE = torch.zeros(3, 32, 32)
+IMAGE = torch.zeros(3, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_log_probs_of_their_own_drawings_are_theirs(
     for b, text in enumerate(settings["prompts"]):
         tokens, steps = vectors["path_tokens"][b], vectors["path_steps"][b]
         scale = 1 + settings["guidance_scale"]
-        segment = MaskedSegment(tokens, steps, one, torch.zeros(1, 16), "path", 1.0, scale, PICTURE)
+        segment = MaskedSegment(tokens, steps, one, torch.zeros(1, 16), "path", 1.0, scale, IMAGE)
         trajectories.append(Trajectory(drawn(text), 0, (segment,), 0))
     found = torch.cat([rows[0].logprobs for rows in policy.logprobs(trajectories)])
     assert torch.allclose(found, vectors["path_logprobs"], atol=ABSOLUTE, rtol=0)
@@ -113,10 +113,10 @@ def test_questions_and_greedy_answers_are_theirs(
     block: int,
     tokens: int,
 ) -> None:
-    """With a picture and without one. Their sampler also writes image tokens, which a random model does."""
+    """With an image and without one. Their sampler also writes image tokens, which a random model does."""
     monkeypatch.setattr(policy, "encode_image", lambda image: vectors["codes"])
     monkeypatch.setattr(policy, "text_tokens", torch.ones_like(policy.text_tokens))
-    parts = (*([PICTURE] if name == "mmu" else []), settings["question"])
+    parts = (*([IMAGE] if name == "mmu" else []), settings["question"])
     row = policy.context_ids(parts)
     assert row == vectors[f"{name}_ids"].tolist()
     sampling = Sampling(

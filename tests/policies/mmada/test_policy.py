@@ -235,10 +235,10 @@ def test_both_sides_judge_and_imitate(mmada: MmadaPolicy, prompts: list[Prompt])
     with torch.no_grad():
         expected = mmada.logprobs([replace(left_to_right, prompt=prompts[0])])[0][0].logprobs.mean()
     assert float(both[0]) == pytest.approx(float(expected), abs=1e-6)
-    picture = prompts[0].parts[0]
-    assert isinstance(picture, torch.Tensor)
-    assert mmada.image_logprob([("a red circle",)], [picture], 2, [0]).shape == (1, 2)
-    words, seen = mmada.hidden_states(["a red circle", picture], 1)
+    image = prompts[0].parts[0]
+    assert isinstance(image, torch.Tensor)
+    assert mmada.image_logprob([("a red circle",)], [image], 2, [0]).shape == (1, 2)
+    words, seen = mmada.hidden_states(["a red circle", image], 1)
     assert words.shape == (len(mmada.layout.encode("a red circle")), 64)
     assert seen.shape == (16, 64)
     losses = mmada.supervised_losses([Example(prompts[0], ("yes",))], torch.Generator().manual_seed(0))

@@ -141,12 +141,12 @@ def test_questions_and_greedy_answers_are_theirs(
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 40), (50, 35), (100, 60)])
-def test_pictures_are_fitted_as_by_pil(height: int, width: int) -> None:
+def test_images_are_fitted_as_by_pil(height: int, width: int) -> None:
     levels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0))
-    picture = PilImage.fromarray(levels.permute(1, 2, 0).byte().numpy())
+    image = PilImage.fromarray(levels.permute(1, 2, 0).byte().numpy())
     short = min(height, width)
-    picture = picture.resize((int(32 * width / short), int(32 * height / short)), PilImage.Resampling.BICUBIC)
-    left, top = round((picture.width - 32) / 2), round((picture.height - 32) / 2)
-    expected = torch.from_numpy(np.asarray(picture.crop((left, top, left + 32, top + 32))).astype(np.float32))
+    image = image.resize((int(32 * width / short), int(32 * height / short)), PilImage.Resampling.BICUBIC)
+    left, top = round((image.width - 32) / 2), round((image.height - 32) / 2)
+    expected = torch.from_numpy(np.asarray(image.crop((left, top, left + 32, top + 32))).astype(np.float32))
     found = (square(levels / 255, 32) + 1) * 127.5
     assert float((found.permute(1, 2, 0) - expected).abs().max()) < 1.01

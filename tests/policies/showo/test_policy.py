@@ -110,7 +110,7 @@ def test_a_plan_stands_in_the_row_of_its_drawing(showo: ShowoPolicy, prompts: li
     assert row.count(showo.end_id) == 2
 
 
-def test_answers_are_texts_and_pictures_are_seen(showo: ShowoPolicy, prompts: list[Prompt]) -> None:
+def test_answers_are_texts_and_images_are_seen(showo: ShowoPolicy, prompts: list[Prompt]) -> None:
     groups = showo.sample(prompts[:2], replace(BASE, group_size=8, max_new_tokens=12), [0, 1])
     for trajectory in members(groups):
         (segment,) = trajectory.segments
@@ -183,19 +183,19 @@ def test_both_sides_judge(showo: ShowoPolicy, prompts: list[Prompt]) -> None:
     found = showo.image_logprob([("a red circle",), ("yes",)], [image] * 2, 2, [0, 0])
     assert found.shape == (2, 2)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
-    words, picture = showo.hidden_states(["a red circle", prompts[0].parts[0]], 1)
+    words, patches = showo.hidden_states(["a red circle", prompts[0].parts[0]], 1)
     assert words.shape == (len(showo.layout.encode("a red circle")), 64)
-    assert picture.shape == (16, 64)
+    assert patches.shape == (16, 64)
     with pytest.raises(InputError, match="layer=3: the policy has 2 layers"):
         showo.hidden_states(["a"], 3)
     assert missing_members(showo) == []
 
 
-PICTURE = torch.rand(3, 32, 32)
+IMAGE = torch.rand(3, 32, 32)
 REFUSED: list[tuple[Prompt, Sampling, str]] = [
-    (Prompt("e", "edit", (PICTURE, "red"), ("image",)), BASE, "draws from text alone, not from a picture"),
-    (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs a picture"),
-    (Prompt("two", "understand", (PICTURE, PICTURE, "what"), ("text",)), BASE, "2 pictures: a Show-o reads one"),
+    (Prompt("e", "edit", (IMAGE, "red"), ("image",)), BASE, "draws from text alone, not from an image"),
+    (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs an image"),
+    (Prompt("two", "understand", (IMAGE, IMAGE, "what"), ("text",)), BASE, "2 images: a Show-o reads one"),
     (
         Prompt("o", "reason", ("x",), ("image", "text")),
         BASE,
@@ -205,7 +205,7 @@ REFUSED: list[tuple[Prompt, Sampling, str]] = [
     (Prompt("end", "generate", ("a <|endoftext|>",), ("image",)), BASE, "holds <|endoftext|>, a marker"),
     (Prompt("l", "generate", ("x" * 200,), ("image",)), BASE, "200 tokens, the limit is 126: shorten it"),
     (Prompt("p", "reason", ("x" * 121,), ("text", "image")), BASE, "121 tokens and 6 after them (max_new_tokens)"),
-    (Prompt("q", "understand", (PICTURE, "x" * 600), ("text",)), BASE, "the limit is 512: shorten it"),
+    (Prompt("q", "understand", (IMAGE, "x" * 600), ("text",)), BASE, "the limit is 512: shorten it"),
     (Prompt("s", "generate", ("x",), ("image",)), replace(BASE, image_size=(64, 64)), "this model draws 32 x 32"),
     (Prompt("t", "generate", ("x",), ("image",)), replace(BASE, num_steps=17), "num_steps=17 for 16 masked tokens"),
 ]
@@ -218,14 +218,14 @@ def test_what_it_cannot_do_is_one_line(showo: ShowoPolicy, prompt: Prompt, sampl
 
 
 def test_examples_and_contexts_of_a_judge_are_whole_or_refused(showo: ShowoPolicy) -> None:
-    """Not only prompts of a rollout: a picture or a text without a place in the row was left out or misplaced."""
-    with refused("2 pictures: a Show-o reads one"):
-        showo.text_logprob([(PICTURE, PICTURE, "what")], ["red"])
+    """Not only prompts of a rollout: an image or a text without a place in the row was left out or misplaced."""
+    with refused("2 images: a Show-o reads one"):
+        showo.text_logprob([(IMAGE, IMAGE, "what")], ["red"])
     with refused("2000 tokens, the limit is 126"):
-        showo.image_logprob([("x" * 2000,)], [PICTURE], 1, [0])
-    read = Example(Prompt("two", "understand", (PICTURE, PICTURE, "what"), ("text",)), ("red",))
-    edit = Example(Prompt("e", "generate", (PICTURE, "make it red"), ("image",)), (PICTURE,))
-    for example, words in ((read, "2 pictures: a Show-o reads one"), (edit, "draws from text alone")):
+        showo.image_logprob([("x" * 2000,)], [IMAGE], 1, [0])
+    read = Example(Prompt("two", "understand", (IMAGE, IMAGE, "what"), ("text",)), ("red",))
+    edit = Example(Prompt("e", "generate", (IMAGE, "make it red"), ("image",)), (IMAGE,))
+    for example, words in ((read, "2 images: a Show-o reads one"), (edit, "draws from text alone")):
         with refused(words):
             showo.supervised_losses([example], torch.Generator())
 
@@ -276,7 +276,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another model": (change_model(lambda s: s.clear() or s.update(x=torch.zeros(2))), "weights of another model"),
     "nan": (change_model(lambda s: s[EMBEDDING].fill_(torch.nan)), f"{EMBEDDING} holds nan"),
     "no config": (delete("config.json"), "holds no config.json"),
-    "clip": (change_json("config.json", w_clip_vit=True), "reads pictures through CLIP, which is not supported"),
+    "clip": (change_json("config.json", w_clip_vit=True), "reads images through CLIP, which is not supported"),
     "vocabulary": (change_json("config.json", vocab_size=99), "vocab_size=99: text, 10 markers, 64 image tokens"),
     "not square": (change_json("config.json", num_vq_tokens=15), "num_vq_tokens=15: must be a square number"),
     "bad config": (change_json("config.json", llm_vocab_size="x"), "config.json: llm_vocab_size="),

@@ -16,12 +16,12 @@ folder, showo2 = family_fixtures("showo2")
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of all tasks, of different lengths; two ask about one picture."""
+    """Of all tasks, of different lengths; two ask about one image."""
     shared = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
     return [
         Prompt("draw", "generate", ("a red circle above a blue square",), ("image",)),
         Prompt("short", "generate", ("a star",), ("image",)),
         Prompt("color", "understand", (shared, "what color is it"), ("text",)),
-        Prompt("count", "understand", (shared, "how many circles are there in this picture"), ("text",)),
+        Prompt("count", "understand", (shared, "how many circles are there in this image"), ("text",)),
         Prompt("sum", "reason", ("3 + 4",), ("text",)),
     ]

@@ -62,7 +62,7 @@ def test_velocities_of_rows_of_different_lengths_in_one_batch(model: Showo2Model
     torch.testing.assert_close(v, EXPECTED["v"], rtol=2e-5, atol=2e-5)
 
 
-def test_a_picture_of_another_grid_has_interpolated_positions(model: Showo2Model) -> None:
+def test_a_image_of_another_grid_has_interpolated_positions(model: Showo2Model) -> None:
     v = velocity(model, EXPECTED["wide"], [[7, 8]], torch.tensor([0.5]))
     torch.testing.assert_close(v, EXPECTED["wide_v"], rtol=2e-5, atol=2e-5)
 
@@ -82,7 +82,7 @@ def question(model: Showo2Model, *answer: int) -> Rows:
     return place_rows([embedded(model, 1, 11, 12, 2)], [image], [embedded(model, 4, 13, 14, 15, *answer)])
 
 
-def test_logits_and_the_greedy_answer_about_a_picture(model: Showo2Model) -> None:
+def test_logits_and_the_greedy_answer_about_a_image(model: Showo2Model) -> None:
     logits = model.showo.lm_head(model.states(question(model)))[0, -4:]
     torch.testing.assert_close(logits, EXPECTED["logits"], rtol=2e-5, atol=2e-5)
     answer: list[int] = []

@@ -103,8 +103,8 @@ def test_the_velocity_mixes_its_branches(showo2: Showo2Policy, prompts: list[Pro
 def test_the_likelihood_of_an_answer_is_that_of_its_replay(showo2: Showo2Policy, prompts: list[Prompt]) -> None:
     (group,) = showo2.sample(prompts[2:3], replace(SAMPLING, group_size=4, max_new_tokens=3), [3])
     other = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2))
-    picture, question = prompts[2].parts
-    one, changed = showo2.text_logprob([(picture, question), (other, question)], ["yes", "yes"])
+    image, question = prompts[2].parts
+    one, changed = showo2.text_logprob([(image, question), (other, question)], ["yes", "yes"])
     assert one < 0
     assert one != changed
     tokens = torch.tensor([*showo2._encode("yes"), showo2.parts.ids["<|im_end|>"]])
@@ -116,23 +116,23 @@ def test_the_likelihood_of_an_answer_is_that_of_its_replay(showo2: Showo2Policy,
 @pytest.mark.parametrize("layer", [0, 2])
 def test_states_of_parts_are_those_at_the_start_of_a_row(showo2: Showo2Policy, layer: int) -> None:
     """A longer text has the same first states, as places see only what is before them."""
-    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(7))
-    short, long, read = showo2.hidden_states(["a red", "a red circle above", picture], layer)
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(7))
+    short, long, read = showo2.hidden_states(["a red", "a red circle above", image], layer)
     assert 0 < len(short) < len(long)
     assert torch.allclose(short, long[: len(short)], atol=1e-5)
     rows, columns = showo2.model.sizes.grid
     assert read.shape == (rows * columns, short.shape[1])
-    assert float((read - showo2.hidden_states([picture.flip(-1)], layer)[0]).abs().max()) > 1e-3
+    assert float((read - showo2.hidden_states([image.flip(-1)], layer)[0]).abs().max()) > 1e-3
     with pytest.raises(InputError, match="layer=9: the policy has 2 layers"):
         showo2.hidden_states(["a"], 9)
 
 
-def test_latents_of_a_picture_are_computed_once(showo2: Showo2Policy, prompts: list[Prompt]) -> None:
-    picture = prompts[2].parts[0]
-    assert isinstance(picture, torch.Tensor)
-    one, other = showo2.encode_images([picture]), showo2.encode_images([picture, picture])
+def test_latents_of_a_image_are_computed_once(showo2: Showo2Policy, prompts: list[Prompt]) -> None:
+    source = prompts[2].parts[0]
+    assert isinstance(source, torch.Tensor)
+    one, other = showo2.encode_images([source]), showo2.encode_images([source, source])
     assert torch.equal(one[0], other[1])
-    assert not copy.deepcopy(showo2._latents).found  # a copy would know pictures by the places of others
+    assert not copy.deepcopy(showo2._latents).found  # a copy would know images by the places of others
     tokens = torch.randn(1, 4, 16)
     (image,) = showo2.decode_latents(tokens, (2, 2))
     assert image.shape == (3, 32, 32)
@@ -152,14 +152,14 @@ def test_a_saved_folder_is_the_same_model(showo2: Showo2Policy, folder: Path, tm
 REFUSED = {
     "draws from text alone": ("generate", ("image",), 1),
     "answers or draws, not text and image": ("reason", ("text", "image"), 0),
-    "2 pictures: a Show-o2 reads one": ("understand", ("text",), 2),
+    "2 images: a Show-o2 reads one": ("understand", ("text",), 2),
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_it_cannot_do_is_refused(showo2: Showo2Policy, words: str) -> None:
-    task, output, pictures = REFUSED[words]
-    prompt = Prompt("p", task, (*[torch.zeros(3, 32, 32)] * pictures, "a star"), output)  # type: ignore[arg-type]
+    task, output, images = REFUSED[words]
+    prompt = Prompt("p", task, (*[torch.zeros(3, 32, 32)] * images, "a star"), output)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=words):
         showo2.sample([prompt], SAMPLING, [0])
     with pytest.raises(InputError, match="multiples of 16"):
@@ -168,9 +168,9 @@ def test_what_it_cannot_do_is_refused(showo2: Showo2Policy, words: str) -> None:
         showo2.sample([Prompt("p", "generate", ("a <|im_end|>",), ("image",))], SAMPLING, [0])
 
 
-def test_a_judged_context_has_one_picture(showo2: Showo2Policy) -> None:
+def test_a_judged_context_has_one_image(showo2: Showo2Policy) -> None:
     """Of several, the others were left out."""
-    with pytest.raises(InputError, match="'what is it': 2 pictures: a Show-o2 reads one: give one"):
+    with pytest.raises(InputError, match="'what is it': 2 images: a Show-o2 reads one: give one"):
         showo2.text_logprob([(torch.zeros(3, 32, 32), torch.ones(3, 32, 32), "what is it")], ["red"])
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def pictures_alone() -> Iterator[None]:
+def images_alone() -> Iterator[None]:
     """See ``without_videos``."""
     with without_videos():
         yield
@@ -33,19 +33,19 @@ def vlm(folder: Path) -> ImageTextToTextPolicy:
     return ImageTextToTextPolicy.load(folder)
 
 
-def make_picture(seed: int, height: int = 24, width: int = 32) -> Image:
+def make_image(seed: int, height: int = 24, width: int = 32) -> Image:
     pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     return (pixels * 255).round() / 255
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of different lengths: two about one picture, one about two pictures of other sizes, one about none."""
-    shared = make_picture(1)
+    """Of different lengths: two about one image, one about two images of other sizes, one about none."""
+    shared = make_image(1)
     return [
         Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
         Prompt("u1", "understand", (shared, "is it a red circle above a blue square, yes or no"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2, 16, 16), "and", make_picture(3, 40, 16), "yes or no"), ("text",)),
+        Prompt("u2", "understand", (make_image(2, 16, 16), "and", make_image(3, 40, 16), "yes or no"), ("text",)),
         Prompt("r0", "reason", ("a blue square",), ("text",)),
-        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
+        Prompt("r1", "reason", (make_image(4), "what color is it"), ("text",)),
     ]

@@ -33,7 +33,7 @@ pytest.importorskip("tenacity")
 pytestmark = pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)
 
 
-def picture(url: str) -> PILImage.Image:
+def image(url: str) -> PILImage.Image:
     return PILImage.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
@@ -98,7 +98,7 @@ class Stub:
         parts = tuple(
             item["text"]
             if item["type"] == "text"
-            else torch.from_numpy(np.array(picture(item["image_url"]["url"]))).permute(2, 0, 1) / 255
+            else torch.from_numpy(np.array(image(item["image_url"]["url"]))).permute(2, 0, 1) / 255
             for item in body["messages"][0]["content"]
         )
         read = policy.read_prompt(Prompt("p", "understand", parts, ("text",)))
@@ -110,11 +110,11 @@ class Stub:
 
     def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         policy, settings = self.models[body.get("lora_path", "")], body["sampling_params"]
-        pictures = [picture(url) for url in body.get("image_data", [])]
-        made = dict(policy.chat.processor(text=[body["text"]], images=pictures or None, return_tensors="pt"))
+        images = [image(url) for url in body.get("image_data", [])]
+        made = dict(policy.chat.processor(text=[body["text"]], images=images or None, return_tensors="pt"))
         ids, _ = made.pop("input_ids"), made.pop("attention_mask")
         kinds = {name: made.pop(name)[0] for name, value in [*made.items()] if value.shape == ids.shape}
-        if not kinds:  # a processor leaves them out where there is no picture
+        if not kinds:  # a processor leaves them out where there is no image
             kinds = {name: torch.zeros_like(ids[0]) for name in policy.chat.read(("a",)).kinds}
         read = ReadPrompt((), ids[0], kinds, made)
         return [

@@ -212,8 +212,8 @@ def test_a_text_is_judged_as_the_template_sets_it(vlm: ImageTextToTextPolicy, pr
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (Prompt("g", "generate", ("a circle",), ("image",)), "reads pictures and does not draw them"),
-        (Prompt("r", "reason", ("a circle",), ("text", "image")), "reads pictures and does not draw them"),
+        (Prompt("g", "generate", ("a circle",), ("image",)), "reads images and does not draw them"),
+        (Prompt("r", "reason", ("a circle",), ("text", "image")), "reads images and does not draw them"),
         (Prompt("l", "reason", ("circle " * 1100,), ("text",)), "the limit is 1024"),
     ],
 )
@@ -299,12 +299,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad config": (change_config(text_config="x"), "config.json: Validation error for field 'text_config'"),
     "no tokenizer": (delete("tokenizer.json"), "holds no tokenizer.json: copy it"),
     "damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "processor cannot be loaded"),
-    "no pictures": (delete("preprocessor_config.json"), "holds no preprocessor_config.json: copy it"),
-    "other places of pictures": (
+    "no images": (delete("preprocessor_config.json"), "holds no preprocessor_config.json: copy it"),
+    "other places of images": (
         lambda folder: change_json(folder / "preprocessor_config.json", merge_size=1),
         "its processor has merge_size=1, config.json says 2",
     ),
-    "another token of pictures": (change_config(image_token_id=9), "image_token_id=5, config.json says 9"),
+    "another token of images": (change_config(image_token_id=9), "image_token_id=5, config.json says 9"),
     "no template": (delete("chat_template.jinja"), "has no chat template: copy chat_template.jinja"),
     "code of its own": (
         change_config(model_type="clever_vl", auto_map={"AutoModel": "modeling_clever.Clever"}),
@@ -334,18 +334,18 @@ def test_a_placeholder_outside_the_vocabulary_forbids_no_token(folder: Path, vlm
 
 
 @pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
-def test_a_prompt_is_read_once_without_keeping_its_picture_or_every_text(
+def test_a_prompt_is_read_once_without_keeping_its_image_or_every_text(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = ImageTextToTextPolicy.load(folder).chat
-    picture = torch.rand(3, 40, 40)
-    gone, found = weakref.ref(picture), chat.read((picture, "what color is it"))
-    assert chat.read((picture, "what color is it")) is found
-    del picture
+    image = torch.rand(3, 40, 40)
+    gone, found = weakref.ref(image), chat.read((image, "what color is it"))
+    assert chat.read((image, "what color is it")) is found
+    del image
     assert gone() is None
     again = [torch.rand(3, 40, 40) for _ in range(20)]  # one of them may get the identity of the first
-    read = [chat.read((picture, "what color is it")).pictures["pixel_values"] for picture in again]
-    assert len({float(pixels.sum()) for pixels in (*read, found.pictures["pixel_values"])}) == 21
+    read = [chat.read((image, "what color is it")).images["pixel_values"] for image in again]
+    assert len({float(pixels.sum()) for pixels in (*read, found.images["pixel_values"])}) == 21
     monkeypatch.setattr(image_text_to_text, "KEPT_BYTES", 2_000_000)
     texts = [weakref.ref(chat.read(("yes " * 50_000, str(i)))) for i in range(4)]
     assert [prompt() is not None for prompt in texts] == [False, False, False, True]

@@ -1,4 +1,4 @@
-"""The built-in world: small pictures of colored shapes and handwritten digits, with a grammar and a verifier."""
+"""The built-in world: small images of colored shapes and handwritten digits, with a grammar and a verifier."""
 
 from lvrpo.data.scenes.corpus import CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
 from lvrpo.data.scenes.grammar import DESCRIBE, VOCABULARY, normalize

@@ -2,7 +2,7 @@
 
 The rates are fields of ``CorpusConfig``; ``WebCorpus.rates`` reports what was actually drawn. Only scenes and
 handwritten samples of the train split appear, only captions and sums of that split, and no held-out combination, in
-pictures or in words.
+images or in words.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class CorpusConfig(Config):
     seed: int = 0
     """Seed of the corpus."""
     size: int = Field(default=DEFAULT_SIZE, ge=4 * CELL, le=256, multiple_of=CELL)
-    """Side of the pictures in pixels, a multiple of 8."""
+    """Side of the images in pixels, a multiple of 8."""
     scenes: int = Field(default=20000, ge=1, le=10_000_000)
-    """Captioned pictures, each with ``questions_per_scene`` questions."""
+    """Captioned images, each with ``questions_per_scene`` questions."""
     edits: int = Field(default=10000, ge=0, le=10_000_000)
     """Edit pairs."""
     reasons: int = Field(default=10000, ge=0, le=10_000_000)
@@ -59,7 +59,7 @@ class CorpusConfig(Config):
     question_shares: dict[str, float] = Field(
         default_factory=lambda: {"color": 0.26, "shape": 0.22, "exists": 0.28, "count": 0.12, "position": 0.12}
     )
-    """Shares of the kinds of questions; counts and positions are rare. Half of the digit pictures are asked for it."""
+    """Shares of the kinds of questions; counts and positions are rare. Half of the digit images are asked for it."""
     drop_color: float = Field(default=0.30, ge=0, le=1)
     """Captions: share of colors left out."""
     drop_object: float = Field(default=0.30, ge=0, le=1)
@@ -96,7 +96,7 @@ class CorpusConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An example with scenes in the place of pictures."""
+    """An example with scenes in the place of images."""
 
     task: TaskKind
     category: str
@@ -130,7 +130,7 @@ class LazyExamples(Sequence[Example]):
 
 
 def _lazily(rows: Sequence[_Row], size: int) -> LazyExamples:
-    """The examples of rows; those about one picture, read one soon after the other, share it."""
+    """The examples of rows; those about one image, read one soon after the other, share it."""
 
     def drawn(parts: Sequence[str | Scene]) -> tuple[Part, ...]:
         return tuple(part if isinstance(part, str) else _drawn(part, size) for part in parts)
@@ -151,15 +151,15 @@ class WebCorpus:
 
     config: CorpusConfig
     generate: LazyExamples
-    """Caption -> picture."""
+    """Caption -> image."""
     caption: LazyExamples
     """Picture and "describe the picture" -> caption."""
     question: LazyExamples
-    """Picture and question -> answer; those about one picture follow each other."""
+    """Image and question -> answer; those about one image follow each other."""
     edit: LazyExamples
-    """Picture and instruction -> picture."""
+    """Image and instruction -> image."""
     reason: LazyExamples
-    """Picture and question -> answer, or text -> answer and picture."""
+    """Image and question -> answer, or text -> answer and image."""
     scenes: Sequence[Scene] = field(repr=False)
     """The scenes of the captions, in their order."""
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -351,8 +351,8 @@ class _Builder:
             drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
         if drawing is not None:
             return _Row("reason", category, index, (r.text,), ("text", "image"), (answer, drawing))
-        assert r.picture is not None
-        return _Row("reason", category, index, (r.picture, r.text), ("text",), (answer,))
+        assert r.image is not None
+        return _Row("reason", category, index, (r.image, r.text), ("text",), (answer,))
 
 
 # --- prompts of the train split with their right outputs ---
@@ -377,13 +377,13 @@ class CleanPrompts:
     caption: Sequence[Example]
     """None: no prompt asks for one."""
     question: Sequence[Example]
-    """The questions; those about one picture are adjacent."""
+    """The questions; those about one image are adjacent."""
     edit: Sequence[Example]
     reason: Sequence[Example]
 
     @classmethod
     def build(cls, config: CleanPromptsConfig, size: int, questions_per_picture: int) -> CleanPrompts:
-        """The corpus of the train split, with pictures of ``size`` pixels."""
+        """The corpus of the train split, with images of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
         rows = {task: LazyExamples(counts.get(task, 0), partial(source.example, task)) for task in TASKS}

@@ -1,4 +1,4 @@
-"""Facts: the statements of a text about a picture, as atomic questions with answers and as data for the verifier."""
+"""Facts: the statements of a text about an image, as atomic questions with answers and as data for the verifier."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def relation(a: Mention, b: Mention, name: str) -> Fact:
 
 
 def edge(reference: Mention, o: SceneObject, name: str) -> Fact:
-    """An object is at an edge of the picture."""
+    """An object is at an edge of the image."""
     check = {"type": "edge", "shape": o.shape, "color": o.color, "edge": name}
     return Fact("position", grammar.ask_edge(reference, name), "yes", check)
 
 
 def digit(value: str) -> Fact:
-    """The digit in the picture is ``value``."""
+    """The digit in the image is ``value``."""
     return Fact("digit", grammar.ASK_DIGIT, value, {"type": "count", "shape": value, "count": 1})
 
 
@@ -162,7 +162,7 @@ _REPLACE = re.compile(rf"replace the {_REFERENCE} with an? (?P<new>{'|'.join(SHA
 
 
 def questions_of_text(text: str) -> tuple[Fact, ...]:
-    """The facts that must hold of a picture drawn for a caption, or edited by an instruction; () for another text."""
+    """The facts that must hold of an image drawn for a caption, or edited by an instruction; () for another text."""
     caption = read_caption(text)
     if caption is not None:
         return caption_facts(caption)
@@ -215,7 +215,7 @@ _REWORDED = (
 
 
 def paraphrased(question: str) -> str:
-    """A question about a picture in an order of words that no row of training has; KeyError for another question.
+    """A question about an image in an order of words that no row of training has; KeyError for another question.
 
     >>> paraphrased("what color is the circle ?")
     'the circle is what color ?'

@@ -126,7 +126,7 @@ PARAPHRASED_WORDINGS = ("draw a picture of {}", "there {be} {}", "a picture with
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The content of a caption: a picture of it shows exactly these objects."""
+    """The content of a caption: an image of it shows exactly these objects."""
 
     mentions: tuple[Mention, ...]
     relation: str | None = None

@@ -83,11 +83,11 @@ class Layout:
         return SceneObject(str(value), color or self.rng.choice(COLORS), *cell, sample)
 
     def one_digit(self) -> Scene:
-        """A picture of one handwritten digit."""
+        """An image of one handwritten digit."""
         return self.digits((self.rng.randrange(10),))
 
     def shape_and_digit(self) -> Scene:
-        """A picture of a shape and a handwritten digit."""
+        """An image of a shape and a handwritten digit."""
         ((color, shape),) = self.pairs(1)
         first, second = self.cells(2)
         return Scene(self.ground(), (SceneObject(shape, color, *first), self.digit(self.rng.randrange(10), second)))
@@ -186,12 +186,12 @@ class Layout:
         return [any_color() for _ in range(m.count)]
 
     def digits(self, values: tuple[int, ...]) -> Scene:
-        """A picture of these handwritten digits alone."""
+        """An image of these handwritten digits alone."""
         placed = zip(values, self.cells(len(values)), strict=True)
         return Scene(self.ground(), tuple(self.digit(v, cell) for v, cell in placed))
 
     def question_scene(self, digit: bool) -> Scene:
-        """A picture for questions: one to five objects, some of them equal, optionally one handwritten digit."""
+        """An image for questions: one to five objects, some of them equal, optionally one handwritten digit."""
         rng, room = self.rng, MAX_OBJECTS - digit
         if rng.random() < 0.5:
             count = rng.randint(1, min(4, room))

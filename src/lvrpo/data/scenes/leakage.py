@@ -1,7 +1,7 @@
 """Prompts of the built-in world as the audit of splits compares them: read from texts and pixels alone.
 
 Nothing here knows how the splits were made. What a caption says is parsed from its words, the operands of a sum or a
-comparison are read off the picture by the verifier.
+comparison are read off the image by the verifier.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def operands_key(text: str, reading: Reading | None) -> str:
 
 
 def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[ComparedPrompt]:
-    """Prompts of the world as they are compared; ``phash``: pictures by perceptual hashes too, which is slow."""
+    """Prompts of the world as they are compared; ``phash``: images by perceptual hashes too, which is slow."""
     to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and prompt.images]
     readings = dict(zip(to_read, read([prompts[i].images[0] for i in to_read]), strict=True))
     known: dict[int, ComparedImage] = {}
@@ -86,8 +86,8 @@ def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[Comp
             content = f"drawing {caption_key(prompt.text)}"
         elif prompt.task == "reason":
             content = operands_key(prompt.text, readings.get(i))
-        pictures = tuple(_picture(image, known, phash) for image in prompt.images)
-        found.append(ComparedPrompt(prompt.id, prompt.task, prompt.text, pictures, content))
+        images = tuple(_image(image, known, phash) for image in prompt.images)
+        found.append(ComparedPrompt(prompt.id, prompt.task, prompt.text, images, content))
     return found
 
 
@@ -110,8 +110,8 @@ def _of_rows(rows: Sequence[Example]) -> Iterable[ComparedPrompt]:
             yield ComparedPrompt(row.prompt.id, "generate", text, (), f"drawing {caption_key(text)}")
 
 
-def _picture(image: Image, known: dict[int, ComparedImage], phash: bool) -> ComparedImage:
-    """Questions about one picture hold the same tensor: it is hashed once."""
+def _image(image: Image, known: dict[int, ComparedImage], phash: bool) -> ComparedImage:
+    """Questions about one image hold the same tensor: it is hashed once."""
     if id(image) not in known:
         known[id(image)] = compared_pixels(image, phash)
     return known[id(image)]

@@ -1,6 +1,6 @@
 """The components of a scene: color table, shapes, real handwritten digits, grounds, and ``Scene``.
 
-A picture is ``size`` x ``size`` pixels, a grid of 8-pixel cells with at most one object per cell. Every object is an
+An image is ``size`` x ``size`` pixels, a grid of 8-pixel cells with at most one object per cell. Every object is an
 8 x 8 alpha mask (a drawn shape or a scanned digit) in one color on the ground:
 pixel = ground + alpha * (color - ground).
 """
@@ -26,7 +26,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 CELL = 8
 """Side of a cell in pixels."""
 DEFAULT_SIZE = 32
-"""Default side of a picture in pixels."""
+"""Default side of an image in pixels."""
 DIGIT_SCANS = Path(str(resources.files("lvrpo"))) / "assets" / "digits" / "digits.npz"
 """Scans of digits, described in the README of their folder."""
 MAX_OBJECTS = 5
@@ -94,7 +94,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The content of a picture."""
+    """The content of an image."""
 
     ground: str
     objects: tuple[SceneObject, ...]
@@ -184,7 +184,7 @@ def digit_indices(split: Split) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(i) for i in row) for row in rows)
 
 
-# --- scene -> picture, cells -> pixels ---
+# --- scene -> image, cells -> pixels ---
 
 
 @lru_cache(maxsize=65536)
@@ -201,18 +201,18 @@ def render(scene: Scene, size: int = DEFAULT_SIZE) -> Image:
     """
     if size % CELL:
         raise ValueError(f"size={size} is not a multiple of {CELL}")
-    picture = np.empty((3, size, size), dtype=np.float32)
-    picture[:] = np.asarray(GROUND[scene.ground], dtype=np.float32)[:, None, None]
+    image = np.empty((3, size, size), dtype=np.float32)
+    image[:] = np.asarray(GROUND[scene.ground], dtype=np.float32)[:, None, None]
     for o in scene.objects:
         top, left = o.row * CELL, o.col * CELL
         if not (0 <= top < size and 0 <= left < size):
-            raise ValueError(f"{o} lies outside a picture of {size} pixels")
-        picture[:, top : top + CELL, left : left + CELL] = _block(scene.ground, o.color, o.shape, o.sample)
-    return torch.from_numpy(picture)
+            raise ValueError(f"{o} lies outside an image of {size} pixels")
+        image[:, top : top + CELL, left : left + CELL] = _block(scene.ground, o.color, o.shape, o.sample)
+    return torch.from_numpy(image)
 
 
 def crowded(index: int, size: int = DEFAULT_SIZE) -> Image:
-    """A picture with an object in every cell but one, of any shape or training digit in any color, for tokenizers.
+    """An image with an object in every cell but one, of any shape or training digit in any color, for tokenizers.
 
     No text goes with it, and it shows the held-out combinations too: a tokenizer without tiles for them could not
     draw them, whoever asks. Differs from scenes, which have ``MAX_OBJECTS`` at most.

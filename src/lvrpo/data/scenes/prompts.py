@@ -38,24 +38,24 @@ CAN_HOLD_OUT: Mapping[TaskKind, frozenset[str]] = {
 """The categories that can show a held-out combination."""
 
 HELD_OUT_SHARE = 0.2
-"""Share of their pictures that ``ScenesConfig.held_out=mixed`` fills with one."""
+"""Share of their images that ``ScenesConfig.held_out=mixed`` fills with one."""
 
 
 class ScenesConfig(Config):
     """Selects prompts of the built-in world."""
 
     hints: ClassVar[Mapping[str, str]] = {
-        "held_out_share": "is gone: held_out=mixed shows them in a fifth of the pictures"
+        "held_out_share": "is gone: held_out=mixed shows them in a fifth of the images"
     }
     size: int = Field(default=DEFAULT_SIZE, ge=4 * CELL, le=256, multiple_of=CELL)
-    """Side of the pictures in pixels, a multiple of 8."""
+    """Side of the images in pixels, a multiple of 8."""
     weights: dict[str, Natural] = Field(default_factory=dict)
     """Weight of a category in the round robin, by "task/category", such as ``{"generate/counting": 2}``; 1 by default,
     0 leaves it out."""
     questions_per_picture: int = Field(default=4, ge=1, le=16)
-    """Consecutive questions that share one picture."""
+    """Consecutive questions that share one image."""
     held_out: Literal["never", "mixed", "only"] = "mixed"
-    """Combinations that training never shows. Validation and test: never, in a fifth of the pictures of the
+    """Combinations that training never shows. Validation and test: never, in a fifth of the images of the
     categories that can show one, or only those. The train split never shows any."""
     labels: bool = True
     """Whether training and validation prompts carry answers, facts and the region of an edit. Without them nothing but
@@ -74,8 +74,8 @@ class ScenesConfig(Config):
 
 
 @dataclass
-class _Picture:
-    """A picture with one question per consecutive index."""
+class _Shown:
+    """An image with one question per consecutive index."""
 
     scene: Scene
     image: Image
@@ -132,7 +132,7 @@ class ScenePrompts(ComparableTask):
         return CAPTION_PREFIXES
 
     def compared(self, prompts: Sequence[Prompt]) -> list[ComparedPrompt]:
-        """Its prompts in the form that the audit of splits compares; pictures without perceptual hashes."""
+        """Its prompts in the form that the audit of splits compares; images without perceptual hashes."""
         return compared_prompts(prompts, phash=False)
 
     def example(self, task: TaskKind, index: int) -> Example:
@@ -161,19 +161,19 @@ class ScenePrompts(ComparableTask):
         category = self.category(task, index)
         key = f"{self.name}/{task}/{category}/{index:06d}"
         if task == "understand":
-            picture = self._picture(index // self.config.questions_per_picture)
-            question = picture.questions[index % self.config.questions_per_picture]
+            shown = self._shown(index // self.config.questions_per_picture)
+            question = shown.questions[index % self.config.questions_per_picture]
             said = paraphrased(question.text) if self.config.wording == "paraphrased" else question.text
             prompt = Prompt(
                 key,
                 task,
-                (picture.image, said),
+                (shown.image, said),
                 ("text",),
                 question.answer,
                 category=category,
                 source=self.name,
-                content=f"{picture.scene.content} {question.text}",
-                held_out=picture.scene.held_out(),
+                content=f"{shown.scene.content} {question.text}",
+                held_out=shown.scene.held_out(),
                 form=question_form(said),
             )
             return prompt, (question.answer,)
@@ -197,8 +197,8 @@ class ScenePrompts(ComparableTask):
                 key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name, content=r.content
             )
             return prompt, (r.answer, r.drawing)
-        assert r.picture is not None
-        parts = (render(r.picture, self.config.size), r.text)
+        assert r.image is not None
+        parts = (render(r.image, self.config.size), r.text)
         prompt = Prompt(key, task, parts, ("text",), r.answer, (), category, self.name, content=r.content)
         return replace(prompt, form=question_form(r.text)), (r.answer,)
 
@@ -210,11 +210,11 @@ class ScenePrompts(ComparableTask):
         return turns * cycle.count(category) + cycle[:place].count(category)
 
     @cached_property
-    def _picture(self) -> Callable[[int], _Picture]:
-        """The picture of a number, which several questions share."""
-        return lru_cache(maxsize=256)(self._draw_picture)
+    def _shown(self) -> Callable[[int], _Shown]:
+        """The image of a number, which several questions share."""
+        return lru_cache(maxsize=256)(self._draw_shown)
 
-    def _draw_picture(self, number: int) -> _Picture:
+    def _draw_shown(self, number: int) -> _Shown:
         each = self.config.questions_per_picture
         indices = range(number * each, (number + 1) * each)
         categories = [self.category("understand", i) for i in indices]
@@ -228,4 +228,4 @@ class ScenePrompts(ComparableTask):
             questions = [ask(c, scene, layout.rng, self._grid, w) for c, w in zip(categories, wanted, strict=True)]
             known = [q for q in questions if q is not None]
             if len(known) == each:
-                return _Picture(scene, render(scene, self.config.size), known)
+                return _Shown(scene, render(scene, self.config.size), known)

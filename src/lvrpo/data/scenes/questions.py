@@ -1,4 +1,4 @@
-"""Questions about a picture, with their answers."""
+"""Questions about an image, with their answers."""
 
 from __future__ import annotations
 

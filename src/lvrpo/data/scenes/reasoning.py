@@ -1,4 +1,4 @@
-"""Reasoning: sums and comparisons on a picture, and drawing the answer of a sum."""
+"""Reasoning: sums and comparisons on an image, and drawing the answer of a sum."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lvrpo.types import Fact
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A picture to reason about (None for text alone), the question, its answer, and the picture to draw, if any."""
+    """An image to reason about (None for text alone), the question, its answer, and the image to draw, if any."""
 
-    picture: Scene | None
+    image: Scene | None
     text: str
     answer: str
     drawing: Scene | None = None
     facts: tuple[Fact, ...] = ()
     content: str = ""
-    """A canonical form of the question, whatever the picture and wording; it determines the split of the row."""
+    """A canonical form of the question, whatever the image and wording; it determines the split of the row."""
 
 
 def _in_split(layout: Layout, draw: Callable[[], tuple[int | str, ...]]) -> tuple[int | str, ...]:
-    """The first operands of the layout's split: a sum or a comparison is of one split, drawn or asked of a picture."""
+    """The first operands of the layout's split: a sum or a comparison is of one split, drawn or asked of an image."""
     return next(found for found in iter(draw, None) if text_split(_content_of(found)) == layout.split)
 
 
@@ -93,7 +93,7 @@ def _more(layout: Layout, yes: bool) -> Reasoning:
 
 
 def drawn_digit(layout: Layout, value: str) -> Scene:
-    """A picture of one digit."""
+    """An image of one digit."""
     return layout.retry(lambda: layout.digits((int(value),)), lambda s: s)
 
 

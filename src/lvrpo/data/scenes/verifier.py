@@ -1,12 +1,12 @@
-"""The verifier: an exact parser of pictures of this world.
+"""The verifier: an exact parser of images of this world.
 
-Objects sit in cells, so a picture is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus
+Objects sit in cells, so an image is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus
 g, an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797
 handwritten digits) the explained share of the cell's energy is |a^T D|^2 / (|a|^2 |D|^2); the noise, seen in the median
 cell (so at most half of the cells may be occupied), is taken off the energy first. The best shape competes with the
 vote of the nearest digits; the color is the entry of the table nearest to v = a^T D / |a|^2. A cell with energy that no
 object explains, in a color that no entry matches, or between two digits is *unreadable*: it counts neither as an object
-nor as empty, and the total of such a picture cannot be confirmed.
+nor as empty, and the total of such an image cannot be confirmed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ DIGIT_VOTE = 0.55
 EMPTY_ENERGY = 0.45
 """A cell with less energy (sum over pixels and channels of squared differences to the ground) is empty."""
 MAX_NOISE = 0.22
-"""Standard deviation per value above which nothing of a picture is readable."""
+"""Standard deviation per value above which nothing of an image is readable."""
 NOISE_SPREAD = 0.5
 """Maximum relative excess of an empty noisy cell's energy over that of the median cell."""
 NEIGHBORS = 12
@@ -64,7 +64,7 @@ VOTE_TEMPERATURE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class SeenObject:
-    """One object read from a picture."""
+    """One object read from an image."""
 
     shape: str
     """One of ``SHAPES``, or "0" .. "9"."""
@@ -77,10 +77,10 @@ class SeenObject:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The content that was recognized in a picture."""
+    """The content that was recognized in an image."""
 
     ground: str | None
-    """None when the picture has no plain ground of the table."""
+    """None when the image has no plain ground of the table."""
     objects: tuple[SeenObject, ...]
     unreadable: tuple[tuple[int, int], ...]
     """Cells (row, col) that are neither empty nor an object."""
@@ -94,7 +94,7 @@ class Reading:
 
 
 class Verifier:
-    """Reads pictures with a set of digit templates; ``read`` below uses one with all handwritten samples."""
+    """Reads images with a set of digit templates; ``read`` below uses one with all handwritten samples."""
 
     def __init__(self, samples: Sequence[int] | None = None) -> None:
         """``samples``: the handwritten samples to use as templates; None for all."""
@@ -109,23 +109,23 @@ class Verifier:
         self._grounds = np.asarray([GROUND[g] for g in GROUNDS], dtype=np.float32)
 
     def read(self, images: Sequence[Image] | torch.Tensor) -> list[Reading]:
-        """Reads pictures (B, 3, H, W) or a list of (3, H, W), H and W multiples of 8, values clamped to [0, 1].
+        """Reads images (B, 3, H, W) or a list of (3, H, W), H and W multiples of 8, values clamped to [0, 1].
 
-        Raises ValueError for another shape. Pictures with values that are not finite, or all noise, are
+        Raises ValueError for another shape. Images with values that are not finite, or all noise, are
         unreadable everywhere.
         """
         if len(images) == 0:
             return []
         batch = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
         if batch.ndim != 4 or batch.shape[1] != 3 or batch.shape[2] % CELL or batch.shape[3] % CELL:
-            raise ValueError(f"pictures of shape {tuple(batch.shape)}: need (batch, 3, 8 rows, 8 columns)")
+            raise ValueError(f"images of shape {tuple(batch.shape)}: need (batch, 3, 8 rows, 8 columns)")
         pixels = batch.detach().to("cpu", torch.float32).numpy()
         return [r for start in range(0, len(pixels), 256) for r in self._read(pixels[start : start + 256])]
 
     def _read(self, pixels: np.ndarray) -> list[Reading]:
         B, _, H, W = pixels.shape
         rows, cols = H // CELL, W // CELL
-        finite = np.asarray([np.isfinite(picture).all() for picture in pixels])
+        finite = np.asarray([np.isfinite(image).all() for image in pixels])
         pixels = np.clip(np.nan_to_num(pixels), 0, 1)
         flat = pixels.reshape(B, 3, -1)
         median = np.median(flat, axis=2)
@@ -144,12 +144,12 @@ class Verifier:
             chunk = occupied[start : start + 512]
             b, c = chunk.T
             names, colors, scores = self._classify(delta[b, c], energy[b, c], variance[b], median[b])
-            for i, (picture, cell) in enumerate(chunk.tolist()):
+            for i, (image, cell) in enumerate(chunk.tolist()):
                 row, col = divmod(cell, cols)
                 if names[i] is None:
-                    unreadable[picture].append((row, col))
+                    unreadable[image].append((row, col))
                 else:
-                    objects[picture].append(SeenObject(names[i], COLORS[colors[i]], row, col, float(scores[i])))
+                    objects[image].append(SeenObject(names[i], COLORS[colors[i]], row, col, float(scores[i])))
         everywhere = tuple((r, c) for r in range(rows) for c in range(cols))
         readings = []
         for i in range(B):
@@ -205,7 +205,7 @@ def _default_verifier() -> Verifier:
 
 
 def read(images: Sequence[Image] | torch.Tensor) -> list[Reading]:
-    """Reads pictures (B, 3, H, W), or a list of them, with the default verifier."""
+    """Reads images (B, 3, H, W), or a list of them, with the default verifier."""
     return _default_verifier().read(images)
 
 
@@ -231,7 +231,7 @@ def _relation_holds(a: SeenObject, b: SeenObject, relation: str) -> bool:
 
 
 def holds(check: Mapping[str, Any], reading: Reading) -> bool:
-    """Whether a ``Fact.check`` holds of a picture.
+    """Whether a ``Fact.check`` holds of an image.
 
     ``type`` is one of: exists (shape, color, row, col, each optional; ``present`` false to demand absence), count
     (shape, color, count), color (every object of ``shape`` has ``color``, and there is one), relation (a, b, relation:
@@ -270,7 +270,7 @@ def fact_results(facts: Iterable[Fact], reading: Reading) -> list[bool]:
 
 
 def verify(facts: Iterable[Fact], reading: Reading) -> bool:
-    """Whether a picture shows everything that the facts say."""
+    """Whether an image shows everything that the facts say."""
     return all(fact_results(facts, reading))
 
 
@@ -289,7 +289,7 @@ class SceneWorld:
     def unreadable(self, image: Image) -> str | None:
         height, width = image.shape[1:]
         if height % CELL or width % CELL:
-            return f"a picture of {width} x {height}: the verifier reads multiples of {CELL}"
+            return f"an image of {width} x {height}: the verifier reads multiples of {CELL}"
         return None
 
     def holds(self, facts: Sequence[Sequence[Fact]], images: Sequence[Image]) -> list[list[bool]]:

@@ -1,4 +1,4 @@
-"""T2I-CompBench++ (TPAMI 2025, arXiv:2307.06350): its prompts, with questions that a judge of pictures answers.
+"""T2I-CompBench++ (TPAMI 2025, arXiv:2307.06350): its prompts, with questions that a judge of images answers.
 
 The official scores come from BLIP (attributes: the product over noun phrases of P(yes)), UniDet and CLIP. Here one
 judge answers questions that follow from the form of a prompt; of another form the question is about the whole.
@@ -23,7 +23,7 @@ ATTRIBUTES = ("color", "shape", "texture")
 CATEGORIES = (*ATTRIBUTES, "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 FILES = tuple(f"{name}_val.txt" for name in CATEGORIES)
 SAMPLES = 10
-"""Pictures per prompt."""
+"""Images per prompt."""
 LONGEST_PHRASE = 5
 """Words; what is longer is part of a sentence."""
 _RELATIONS = (

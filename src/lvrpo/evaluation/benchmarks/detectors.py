@@ -49,7 +49,7 @@ class Detection:
     box: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels."""
     mask: torch.Tensor | None = None
-    """bool (height, width) of the picture; None from a detector of boxes."""
+    """bool (height, width) of the image; None from a detector of boxes."""
 
 
 def model_folder(name: str, what: str) -> tuple[Path, str]:
@@ -63,7 +63,7 @@ def model_folder(name: str, what: str) -> tuple[Path, str]:
 
 
 class Detector:
-    """Finds the objects of given names in a picture.
+    """Finds the objects of given names in an image.
 
     Zero-shot detectors (Grounding DINO, OWLv2) are queried for one name at a time, so that each box belongs to it;
     detectors of fixed classes (Mask2Former, DETR and others) must know every name, in the words of COCO.
@@ -110,30 +110,30 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, image: Image, names: Sequence[str]) -> dict[str, list[Detection]]:
-        """The detections of each name in a picture, of any score above the lower threshold."""
-        picture = to_pil(image)
-        width, height = picture.size
+        """The detections of each name in an image, of any score above the lower threshold."""
+        pil = to_pil(image)
+        width, height = pil.size
         if self.zero_shot:
-            return {name: [_inside(d, width, height) for d in self._named(picture, name)] for name in names}
-        found = [(label, _inside(d, width, height)) for label, d in self._fixed(picture)]
+            return {name: [_inside(d, width, height) for d in self._named(pil, name)] for name in names}
+        found = [(label, _inside(d, width, height)) for label, d in self._fixed(pil)]
         return {name: [d for label, d in found if label in {name, *LABELS.get(name, ())}] for name in names}
 
-    def _named(self, picture: PilImage.Image, name: str) -> list[Detection]:
+    def _named(self, pil: PilImage.Image, name: str) -> list[Detection]:
         """Text prompts as the two families were trained: a phrase with a full stop, or a photo of the object."""
         text = f"{name}." if "dino" in self.kind else [[f"a photo of a {name}"]]
-        inputs = self.processor(images=picture, text=text, return_tensors="pt").to(self.device)
+        inputs = self.processor(images=pil, text=text, return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
-        size = [(picture.height, picture.width)]
+        size = [(pil.height, pil.width)]
         options = {"threshold": min(self.thresholds), "target_sizes": size}
         more = {"input_ids": inputs["input_ids"], "text_threshold": 0.0} if "dino" in self.kind else {}
         found = self.processor.post_process_grounded_object_detection(outputs, **options, **more)[0]
         rows = zip(found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         return [Detection(score, tuple(box)) for score, box in rows]
 
-    def _fixed(self, picture: PilImage.Image) -> list[tuple[str, Detection]]:
-        inputs = self.processor(images=picture, return_tensors="pt").to(self.device)
+    def _fixed(self, pil: PilImage.Image) -> list[tuple[str, Detection]]:
+        inputs = self.processor(images=pil, return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
-        size, low = [(picture.height, picture.width)], min(self.thresholds)
+        size, low = [(pil.height, pil.width)], min(self.thresholds)
         if not self.masks:
             found = self.processor.post_process_object_detection(outputs, threshold=low, target_sizes=size)[0]
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
@@ -155,7 +155,7 @@ class Detector:
 
 
 def _inside(found: Detection, width: int, height: int) -> Detection:
-    """With the box cut at the ends of the picture."""
+    """With the box cut at the ends of the image."""
     left, top, right, bottom = found.box
     x = [min(max(end, 0.0), width) for end in (left, right)]
     y = [min(max(end, 0.0), height) for end in (top, bottom)]
@@ -169,7 +169,7 @@ class ColorClassifier:
     """
 
     def __init__(self, name: str, device: str = "auto") -> None:
-        """Raises InputError for a model without embeddings of pictures and texts."""
+        """Raises InputError for a model without embeddings of images and texts."""
         transformers_library(f"color classifier {name}")
         from transformers.models.auto import modeling_auto as auto
 
@@ -187,9 +187,9 @@ class ColorClassifier:
 
     @torch.inference_mode()
     def __call__(self, image: Image, name: str, objects: Sequence[Detection]) -> list[str]:
-        """The color of each object of a picture, one of ``COLORS``."""
-        picture = to_pil(image)
-        crops = [_crop(picture, each) for each in objects]
+        """The color of each object of an image, one of ``COLORS``."""
+        pil = to_pil(image)
+        crops = [_crop(pil, each) for each in objects]
         pixels = self.processor.image_processor(images=crops, return_tensors="pt").to(self.device)
         seen = _unit(self.model.get_image_features(**pixels))
         return [COLORS[i] for i in (seen @ self._of_name(name).T).argmax(dim=1).tolist()]
@@ -210,9 +210,9 @@ def _unit(found: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def _crop(picture: PilImage.Image, found: Detection) -> PilImage.Image:
+def _crop(pil: PilImage.Image, found: Detection) -> PilImage.Image:
     if found.mask is not None:
         mask = PilImage.fromarray(found.mask.numpy().astype("uint8") * 255)
-        picture = PilImage.composite(picture, PilImage.new("RGB", picture.size, BACKGROUND), mask)
+        pil = PilImage.composite(pil, PilImage.new("RGB", pil.size, BACKGROUND), mask)
     left, top, right, bottom = (round(end) for end in found.box)
-    return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    return pil.crop((left, top, max(right, left + 1), max(bottom, top + 1)))

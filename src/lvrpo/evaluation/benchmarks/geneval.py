@@ -73,7 +73,7 @@ def relations(a: Detection, b: Detection) -> frozenset[Relation]:
 
 
 def problems(metadata: Metadata, objects: Mapping[str, Sequence[Detection]], colors: Colors) -> list[str]:
-    """The requirements that a picture fails; [] if it is right.
+    """The requirements that an image fails; [] if it is right.
 
     ``objects``: the detections of each class that count, the surest first. Colors and positions are checked of the
     surest ``count`` objects of a clause alone; a position holds where it does of every such object to every object of
@@ -120,7 +120,7 @@ def _problem(
 
 
 SAMPLES = 4
-"""Pictures per prompt."""
+"""Images per prompt."""
 COUNTING = "counting"
 """The category whose objects have a threshold of their own."""
 
@@ -148,7 +148,7 @@ class GenEvalRules:
         return score_images(groups, score, "the detector failed")
 
     def problems(self, metadata: Metadata, image: Image) -> list[str]:
-        """Why a picture is wrong; [] where it is right."""
+        """Why an image is wrong; [] where it is right."""
         names = list(dict.fromkeys(clause.name for clause in (*metadata.include, *metadata.exclude)))
         threshold = self.detector.thresholds[metadata.tag == COUNTING]
         found = {name: most_confident(each, threshold) for name, each in self.detector(image, names).items()}
@@ -197,7 +197,7 @@ def official_rows(path: Path) -> list[GenEvalRow]:
 def geneval_benchmark(
     name: str, prompts: Sequence[Prompt], reward: ConfirmedFacts | GenEvalRules, scored_by: str
 ) -> Benchmark:
-    """``SAMPLES`` pictures per prompt, whose score is the mean over categories."""
+    """``SAMPLES`` images per prompt, whose score is the mean over categories."""
 
     def texts(prompt: Prompt) -> list[str]:
         asked = [text for fact in prompt.facts for text in (fact.question, *(fact.choices or (fact.answer,)))]
@@ -239,23 +239,23 @@ def build_geneval_vqa(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     return [geneval_benchmark("geneval_vqa", prompts, ConfirmedFacts(), "the questions of the metadata, by the judge")]
 
 
-def write_layout(folder: Path, rows: Sequence[GenEvalRow], pictures: Mapping[str, Sequence[bytes]]) -> None:
+def write_layout(folder: Path, rows: Sequence[GenEvalRow], images: Mapping[str, Sequence[bytes]]) -> None:
     """The official output layout: 00000/metadata.jsonl with the row, and 00000/samples/0000.png ...
 
-    ``pictures``: PNG files by prompt id. Raises InputError for a prompt without pictures, before it writes anything.
+    ``images``: PNG files by prompt id. Raises InputError for a prompt without images, before it writes anything.
     """
-    missing = [row for row in rows if not pictures.get(row.prompt.id)]
+    missing = [row for row in rows if not images.get(row.prompt.id)]
     if missing:
         raise InputError(
-            f"{folder}: prompt {missing[0].prompt.id} has no picture ({len(missing)} of {len(rows)} have none): "
+            f"{folder}: prompt {missing[0].prompt.id} has no image ({len(missing)} of {len(rows)} have none): "
             "evaluate all prompts first"
         )
     for row in rows:
         samples = folder / f"{row.index:05d}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         write_atomic(samples.parent / "metadata.jsonl", (json.dumps(row.raw) + "\n").encode())
-        for number, picture in enumerate(pictures[row.prompt.id]):
-            write_atomic(samples / f"{number:04d}.png", picture)
+        for number, image in enumerate(images[row.prompt.id]):
+            write_atomic(samples / f"{number:04d}.png", image)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

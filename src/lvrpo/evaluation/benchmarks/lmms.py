@@ -28,7 +28,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.types import TASKS, Image, OutputKind, Part, Prompt, TaskKind, Trajectory
 
 Mode = Literal["understand", "generate", "edit"]
-"""What ``generate_until`` produces: a text, a picture from a text, or a picture from a picture and a text."""
+"""What ``generate_until`` produces: a text, an image from a text, or an image from an image and a text."""
 Row = tuple[Prompt, Sampling, Sequence[str]]
 """What is asked, how it is sampled, and the strings that end a text."""
 PLACEHOLDER = "<image>"
@@ -49,9 +49,9 @@ class Options:
 
     mode: Mode = "understand"
     think: bool = False
-    """Whether a text is written before a picture."""
-    output_dir: Path = Path("lmms_pictures")
-    """Where pictures are written: TASK_DOC.png."""
+    """Whether a text is written before an image."""
+    output_dir: Path = Path("lmms_images")
+    """Where images are written: TASK_DOC.png."""
     batch_size: int = 1
     seed: int = 0
     num_steps: int | None = None
@@ -91,7 +91,7 @@ class AnswerFile:
     def get(self, asked: Sequence[Any], answer: Callable[[], list[Any]], keep: Callable[[Any], bool]) -> list[Any]:
         """What was answered before, where ``keep`` holds of all of it, else ``answer()``.
 
-        Any: texts, pictures, settings; JSON values.
+        Any: texts, images, settings; JSON values.
         """
         if self.path is None:
             return answer()
@@ -123,7 +123,7 @@ class Answers:
     # --- what lmms-eval calls ---
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Texts; or, where pictures are drawn, JSON with "text" and "images" (paths)."""
+        """Texts; or, where images are drawn, JSON with "text" and "images" (paths)."""
         rows: list[tuple[Prompt, Sampling, Sequence[str]]] = []
         for request in requests:
             context, generation, doc_to_visual, doc_id, task, split = request.args
@@ -167,7 +167,7 @@ class Answers:
         return [self._rounds(*request.args) for request in requests]
 
     def generate_visual_cot(self, requests: Sequence[Any]) -> list[str]:
-        """Draws a picture (from the task's own, where it has one), then answers with both."""
+        """Draws an image (from the task's own, where it has one), then answers with both."""
         found = []
         for request in requests:
             context, generation, doc_to_visual, doc_id, task, split = request.args
@@ -208,10 +208,10 @@ class Answers:
                 return list(previous)
 
     def _kept(self, kind: str, rows: Sequence[Row], answer: Callable[[], list[Any]]) -> list[Any]:
-        """What the file of answers holds, where the pictures that it names are there, else ``answer()``."""
+        """What the file of answers holds, where the images that it names are there, else ``answer()``."""
         asked = [(p.id, p.task, p.output, p.parts, repr(sampling), more) for p, sampling, more in rows]
         drawn = any("image" in prompt.output for prompt, _, _ in rows) and kind == "until"
-        keep = _has_pictures if drawn else lambda found: True
+        keep = _has_images if drawn else lambda found: True
         return self.file.get([kind, self.options.seed, asked], answer, keep)
 
     def _texts(self, rows: Sequence[Row]) -> list[str]:
@@ -238,13 +238,13 @@ class Answers:
         return self.task_dict[task][split][doc_id]
 
     def _parts(self, context: str, visuals: Any) -> tuple[Part, ...]:
-        """Pictures before the text, or in the places of ``PLACEHOLDER`` where there are as many."""
+        """Images before the text, or in the places of ``PLACEHOLDER`` where there are as many."""
         images = [self._fitted(_image(each)) for each in _flat(visuals)]
         texts = context.split(PLACEHOLDER)
         if len(texts) == 1:
             return (*images, context.strip())
         if len(texts) != len(images) + 1:
-            raise InputError(f"{len(texts) - 1} times {PLACEHOLDER} for {len(images)} pictures: {context[:80]!r}")
+            raise InputError(f"{len(texts) - 1} times {PLACEHOLDER} for {len(images)} images: {context[:80]!r}")
         parts: list[Part] = []
         for text, image in zip(texts, [*images, None], strict=True):
             parts += [text.strip()] if text.strip() else []
@@ -291,7 +291,7 @@ class Answers:
         return [group.trajectories[0] for group in self.policy.sample(prompts, rows[0][1], seeds)]
 
     def _drawn(self, prompt: Prompt, output: Trajectory) -> str:
-        """The picture as a file, and what lmms-eval reads of it."""
+        """The image as a file, and what lmms-eval reads of it."""
         if output.image is None:
             return json.dumps({"text": output.text or "", "images": []})
         path = self.options.output_dir / f"{file_name(prompt.id)}.png"
@@ -300,7 +300,7 @@ class Answers:
         return json.dumps({"text": output.text or "", "images": [str(path.resolve())]}, ensure_ascii=False)
 
 
-def _has_pictures(drawn: str) -> bool:
+def _has_images(drawn: str) -> bool:
     return all(Path(path).is_file() for path in json.loads(drawn)["images"])
 
 
@@ -313,12 +313,12 @@ def _flat(visuals: Any) -> list[Any]:
 
 
 def _image(visual: Any) -> Image:
-    """Any: a PIL picture or a path; raises InputError for videos and sounds."""
+    """Any: a PIL image or a path; raises InputError for videos and sounds."""
     if isinstance(visual, str | Path):
         return load_image(Path(visual))
-    convert: Callable[[str], Any] | None = getattr(visual, "convert", None)  # of a PIL picture
+    convert: Callable[[str], Any] | None = getattr(visual, "convert", None)  # of a PIL image
     if convert is None:
-        raise InputError(f"a {type(visual).__name__}: lvrpo reads pictures alone: choose a task of pictures")
+        raise InputError(f"a {type(visual).__name__}: lvrpo reads images alone: choose a task of images")
     pixels = np.array(convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

@@ -32,7 +32,7 @@ class Lvrpo(Answers, lmms):
         batch_size: int | str = 1,
         mode: Any = "understand",
         think: bool = False,
-        output_dir: str = "lmms_pictures",
+        output_dir: str = "lmms_images",
         answers: str | None = None,
         max_batch_size: int | None = None,
         **numbers: Any,

@@ -34,7 +34,7 @@ from lvrpo.records import BenchmarkRecord, number
 VERSION = "0.7.3"
 REQUIREMENTS = "lmms_eval.txt"
 """In ``assets``: what ``install`` puts into the environment."""
-LOG, OUTPUT, ANSWERS, PICTURES = "log.txt", "output", "answers.jsonl", "pictures"
+LOG, OUTPUT, ANSWERS, IMAGES = "log.txt", "output", "answers.jsonl", "images"
 """In the folder of a task."""
 LAST_LINES, MAX_EXCERPT = 3, 300
 GRACE_S = 10.0
@@ -197,7 +197,7 @@ class Harness:
         output = own / OUTPUT
         if result_file(output) is not None:
             return output
-        named |= {"output_dir": str((own / PICTURES).resolve()), "answers": str((own / ANSWERS).resolve())}
+        named |= {"output_dir": str((own / IMAGES).resolve()), "answers": str((own / ANSWERS).resolve())}
         if wrong := next((value for value in named.values() if "," in value or "=" in value), None):
             raise InputError(f"{wrong}: lmms-eval takes no ',' or '=' in a value: rename the folder, or link to it")
         command = [str(self.python), "-m", "lmms_eval", "--model", "lvrpo", "--tasks", task.name]
@@ -403,7 +403,7 @@ def _record(samples: Mapping[str, Mapping[str, Any]], metric: str, value: float,
 
 
 def _cluster(sample: Mapping[str, Any] | None, key: str) -> str:
-    """The unit of the bootstrap: the pictures, where they are named, else the document."""
+    """The unit of the bootstrap: the images, where they are named, else the document."""
     media: Sequence[Any] = (sample or {}).get("input_media") or ()
     return json.dumps(media) if media else key
 

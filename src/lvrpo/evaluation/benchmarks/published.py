@@ -126,7 +126,7 @@ class PublishedBenchmark:
     read: Callable[[Path], Sequence[Prompt]]
     """The prompts of a file in its format, official or not, with their facts."""
     samples: int = 1
-    """Pictures per prompt."""
+    """Images per prompt."""
     digest: str = ""
     """Of the official prompts, as in ``Benchmark.details``; "": they are counted alone."""
     folder: str = ""
@@ -167,7 +167,7 @@ class PublishedBenchmark:
         )
 
     def minutes(self, seconds: float) -> int:
-        """Minutes that all pictures take at so many seconds each."""
+        """Minutes that all images take at so many seconds each."""
         return round(self.prompts * self.samples * seconds / 60)
 
     def _official(self, built: list[Benchmark], where: str) -> list[Benchmark]:

@@ -86,10 +86,10 @@ class QuestionScorer:
     def _ask_endpoint(
         self, groups: Sequence[Group], endpoint: ChatEndpoint
     ) -> tuple[dict[SampleIndex, list[float]], Failures]:
-        pictures, failures = scorable_images(groups)
+        images, failures = scorable_images(groups)
         asked = [
             ((p, g), (image, ONE_WORD.format(question=fact.question)), fact.answer)
-            for (p, g), image in pictures.items()
+            for (p, g), image in images.items()
             for fact in groups[p].prompt.facts
         ]
         found, unanswered = ask_endpoint(endpoint, asked, read_answer)
@@ -204,7 +204,7 @@ def dpg_score(parents: Sequence[Sequence[int]], answers: Sequence[float]) -> flo
 
 
 def build_dpg(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
-    """The prompts, four pictures each."""
+    """The prompts, four images each."""
     prompts, parents = read_dpg(folder / DPG_FILE)
     scorer = QuestionScorer(lambda prompt, answers: dpg_score(parents[prompt.id], answers), inputs.vlm, inputs.device)
     return [question_benchmark("dpg", prompts, scorer, samples=DPG_SAMPLES)]

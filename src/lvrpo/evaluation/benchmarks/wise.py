@@ -1,7 +1,7 @@
 """WISE (arXiv:2503.07265): prompts that need knowledge of the world, rated by a judge that is told what they mean.
 
 ``wise`` is the benchmark of the paper (WISE_legacy) with its WiScore, ``wise_verified`` the maintained version, where a
-picture is right or wrong. The instructions to the judge are lvrpo's own words for the published criteria.
+image is right or wrong. The instructions to the judge are lvrpo's own words for the published criteria.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lvrpo.rewards.endpoint import ChatEndpoint, NoAnswer
 from lvrpo.rewards.self_vqa import Reader
 from lvrpo.types import Group, Image, Parts, Prompt
 
-REQUEST = """A picture was drawn for this prompt. The explanation says what it means and what a right picture shows.
+REQUEST = """An image was drawn for this prompt. The explanation says what it means and what a right image shows.
 Prompt: {prompt}
 Explanation: {explanation}
-Rate the picture by these criteria; in doubt choose the lower number.
+Rate the image by these criteria; in doubt choose the lower number.
 {criteria}
 Answer with {lines} and nothing else:
 {form}"""
@@ -185,12 +185,12 @@ class WiScore:
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         reader = self.judge.reader or judge
-        pictures, failures = scorable_images(groups, None if self.judge.endpoint is not None else reader)
-        rows = [(groups[p].prompt, image) for (p, _), image in pictures.items()]
+        images, failures = scorable_images(groups, None if self.judge.endpoint is not None else reader)
+        rows = [(groups[p].prompt, image) for (p, _), image in images.items()]
         endpoint = self.judge.endpoint
         found = self._rated(rows, reader) if endpoint is None else self._asked(rows, endpoint)
         scores: dict[SampleIndex, float] = {}
-        for cell, numbers in zip(pictures, found, strict=True):
+        for cell, numbers in zip(images, found, strict=True):
             if isinstance(numbers, NoAnswer):
                 failures[cell] = numbers.reason
             else:
@@ -198,7 +198,7 @@ class WiScore:
         return Scores.of(groups, scores, failures)
 
     def request(self, prompt: Prompt, aspects: Sequence[Aspect]) -> str:
-        """What the judge is asked about a picture of a prompt."""
+        """What the judge is asked about an image of a prompt."""
         span = "0 or 1" if self.protocol.best == 1 else "0, 1 or 2"
         return REQUEST.format(
             prompt=prompt.parts[-1],
@@ -232,7 +232,7 @@ class WiScore:
 
 
 def build(protocol: Protocol, folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
-    """All prompts, a picture each; raises InputError where one of the thousand is missing."""
+    """All prompts, an image each; raises InputError where one of the thousand is missing."""
     rows: dict[str, tuple[Prompt, str]] = {}
     for file in protocol.files:
         rows |= read_rows(folder / file, protocol)

@@ -61,7 +61,7 @@ class RowConfig(Config):
     of: str | None = None
     """The row whose evaluations it reads, in place of a run of its own."""
     best_of: int | None = Field(default=None, ge=2)
-    """With ``of``: best of n pictures, judged by the model itself."""
+    """With ``of``: best of n images, judged by the model itself."""
     settings: Literal["tuned", "plain"] = "tuned"
     """With ``of``: tuned guidance and temperature, or unguided and greedy."""
 

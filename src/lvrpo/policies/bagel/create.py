@@ -68,8 +68,8 @@ class BagelSizes(Config):
             needed = self.image_size // pixels
             if side < needed:
                 raise ValueError(
-                    f"{name}={side}: a picture of image_size={self.image_size} has {needed} x {needed} places: "
-                    f"use {name} >= {needed}, or smaller pictures"
+                    f"{name}={side}: an image of image_size={self.image_size} has {needed} x {needed} places: "
+                    f"use {name} >= {needed}, or smaller images"
                 )
         try:
             bagel_config(self)
@@ -184,14 +184,14 @@ def position_table(side: int, width: int) -> torch.Tensor:
 
 Observer = Callable[[int, float], None]
 """Called with the number of steps done and the loss."""
-Pictures = Callable[[int, int], Sequence[Image]]
+Images = Callable[[int, int], Sequence[Image]]
 """(first, count) -> images at the size of generated ones."""
 
 BATCH = 8
 POOL = 32
 """Images, at least, that a step takes its batch from: half of it as they are, half put together from their liveliest
 tiles."""
-PICTURES = 8192
+IMAGES = 8192
 """Different images that are trained on, over and over: making them costs more than a step on a GPU."""
 LEARNING_RATE = 2e-3
 WARMUP = 20
@@ -219,7 +219,7 @@ class Reconstruction:
 
 def train_autoencoder(
     policy: BagelPolicy,
-    pictures: Pictures,
+    images: Images,
     steps: int,
     observe: Observer = lambda step, loss: None,
     batch: int = BATCH,
@@ -227,7 +227,7 @@ def train_autoencoder(
     """Trains the autoencoder of a policy on reconstruction, mean |difference| plus mean square, and scales its latents.
 
     Afterwards latents have mean 0 and deviation 1 over the measured images, which BAGEL's scale and shift say, and
-    their posterior is narrow. Nothing else of the policy changes. The images of training are the first ``PICTURES``,
+    their posterior is narrow. Nothing else of the policy changes. The images of training are the first ``IMAGES``,
     those measured come after them.
     """
     vae = policy.encoders.latent_vae
@@ -239,10 +239,10 @@ def train_autoencoder(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps)
         generator = torch.Generator().manual_seed(step)
-        pool = stacked(policy, pictures(step % (PICTURES // pool_size) * pool_size, pool_size))
+        pool = stacked(policy, images(step % (IMAGES // pool_size) * pool_size, pool_size))
         mixed = collages(pool, policy.pixels_per_token(), batch // 2, generator)
         # the turn of an image of the set to be shown whole comes in later passes over the set
-        start = step // (PICTURES // pool_size) * (batch - len(mixed)) % pool_size
+        start = step // (IMAGES // pool_size) * (batch - len(mixed)) % pool_size
         pixels = torch.cat([pool.roll(-start, 0)[: batch - len(mixed)], mixed])
         mean, _ = vae.moments(pixels)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -257,7 +257,7 @@ def train_autoencoder(
     set_log_variance(policy, LOG_VARIANCE)
     vae.requires_grad_(False)
     vae.zero_grad(set_to_none=True)
-    measured = stacked(policy, pictures(PICTURES, MEASURED))
+    measured = stacked(policy, images(IMAGES, MEASURED))
     scale_latents(policy, measured)
     return measure(policy, measured)
 

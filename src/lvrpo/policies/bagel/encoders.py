@@ -103,7 +103,7 @@ class BagelEncoders(nn.Module):
         pixels = self.config.token_pixels
         if height % pixels or width % pixels or min(height, width) < pixels:
             nearest = " x ".join(str(max(1, round(side / pixels)) * pixels) for side in (width, height))
-            raise InputError(f"a picture of {width} x {height} pixels: use multiples of {pixels}, such as {nearest}")
+            raise InputError(f"an image of {width} x {height} pixels: use multiples of {pixels}, such as {nearest}")
         return self.output_grid(height, width)
 
     def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:
@@ -111,7 +111,7 @@ class BagelEncoders(nn.Module):
         if max(grid) > side:
             height, width, most = grid[0] * pixels, grid[1] * pixels, side * pixels
             raise InputError(
-                f"a picture of {width} x {height} pixels: this model can {does} up to {most} x {most}: shrink it"
+                f"an image of {width} x {height} pixels: this model can {does} up to {most} x {most}: shrink it"
             )
         return grid
 
@@ -311,8 +311,8 @@ class ResizeRule(Config):
     """Sides are multiples of it."""
     max_pixels: int = Field(default=1_806_336, ge=1)
 
-    def size(self, width: int, height: int, pictures: int = 1) -> tuple[int, int]:
-        """Width and height of an image among ``pictures`` that share the pixels.
+    def size(self, width: int, height: int, images: int = 1) -> tuple[int, int]:
+        """Width and height of an image among ``images`` that share the pixels.
 
         The longer side is brought down to ``max_side``, then the shorter one up to ``min_side``, both rounded (half to
         even) to the stride. An image of too many pixels is scaled again by the plain ratio of the pixels, not by its
@@ -320,7 +320,7 @@ class ResizeRule(Config):
         """
         scale = max(min(self.max_side / max(width, height), 1.0), self.min_side / min(width, height))
         width, height = self._scaled(width, scale), self._scaled(height, scale)
-        budget = self.max_pixels / pictures
+        budget = self.max_pixels / images
         if width * height > budget:
             scale = budget / (width * height)
             width, height = self._scaled(width, scale), self._scaled(height, scale)
@@ -342,8 +342,8 @@ def resize_with_pil(image: Image, width: int, height: int) -> Image:
     """The image in 8-bit steps at another size."""
     pixels = to_uint8(image)
     if pixels.shape[:2] != (height, width):
-        picture = PilImage.fromarray(pixels).resize((width, height), PilImage.Resampling.BICUBIC)
-        pixels = np.asarray(picture)
+        resized = PilImage.fromarray(pixels).resize((width, height), PilImage.Resampling.BICUBIC)
+        pixels = np.asarray(resized)
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
 
 

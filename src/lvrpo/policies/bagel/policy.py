@@ -111,9 +111,9 @@ class BagelPolicy(MoTPolicy):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``; raises InputError for a question or an edit without an image, or a prompt too long."""
         for prompt in prompts:
-            pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
-            if prompt.task in ("understand", "edit") and not pictures:
-                raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs a picture: give one")
+            images = any(isinstance(part, torch.Tensor) for part in prompt.parts)
+            if prompt.task in ("understand", "edit") and not images:
+                raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs an image: give one")
             self._check_room(prompt, sampling)
         return super().sample(prompts, sampling, seeds)
 
@@ -190,12 +190,12 @@ class BagelPolicy(MoTPolicy):
 
     def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
         """The latent (N, C) of every clean or noisy image, by its id; those of one grid are encoded together."""
-        pictures: dict[Grid, dict[int, Image]] = {}
+        images: dict[Grid, dict[int, Image]] = {}
         for piece in (trained.piece for row in rows for trained in row):
             if piece.image is not None and piece.span.kind in ("clean", "noise"):
-                pictures.setdefault(piece.grid, {})[id(piece.image)] = piece.image
+                images.setdefault(piece.grid, {})[id(piece.image)] = piece.image
         latents: dict[int, torch.Tensor] = {}
-        for same in pictures.values():
+        for same in images.values():
             latents.update(zip(same, self.encoders.encode_latents(list(same.values())), strict=True))
         return latents
 

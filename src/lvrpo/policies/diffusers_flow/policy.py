@@ -102,7 +102,7 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """See ``Policy.sample``; raises InputError for a prompt with a picture or for a text output."""
+        """See ``Policy.sample``; raises InputError for a prompt with an image or for a text output."""
         for prompt in prompts:
             self._check(prompt)
         self.check_sampling(sampling)
@@ -115,11 +115,11 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
             raise InputError(f"{named}: this model draws and writes nothing: ask for an image alone")
         images = len(prompt.images)
         if not images and "generate" not in self.tasks:
-            raise InputError(f"{named}: this model edits a picture and draws none from text alone: give it one")
+            raise InputError(f"{named}: this model edits an image and draws none from text alone: give it one")
         if images and "edit" not in self.tasks:
-            raise InputError(f"{named}: this model draws from text alone, not from a picture: leave the picture out")
+            raise InputError(f"{named}: this model draws from text alone, not from an image: leave the image out")
         if images > 1:
-            raise InputError(f"{named}: has {images} pictures: this model edits one: leave the others out")
+            raise InputError(f"{named}: has {images} images: this model edits one: leave the others out")
         try:
             self.check_text(prompt.text)
         except InputError as error:

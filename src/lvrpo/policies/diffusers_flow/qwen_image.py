@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.images import to_pil
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.diffusers_flow.pipelines import Condition, FlowPipeline, Grid
-from lvrpo.policies.transformers_checkpoint import require_same_pictures
+from lvrpo.policies.transformers_checkpoint import require_same_images
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.policies.video_frames import decode_frames, encode_frames
 from lvrpo.types import Image
@@ -90,13 +90,13 @@ class QwenImageEdit(QwenImage):
     def __init__(self, pipe: Any, folder: Path) -> None:
         """Raises InputError where the processor and the text encoder do not belong together."""
         super().__init__(pipe, folder)
-        require_same_pictures(folder / "processor", pipe.processor, pipe.text_encoder.config)
+        require_same_images(folder / "processor", pipe.processor, pipe.text_encoder.config)
 
     @classmethod
     def part_class(cls, part: str, found: Any) -> Any:
         """The processor without its part for videos, which needs torchvision."""
         mixin = transformers_library("a processor").ProcessorMixin
-        return _pictures_alone(found) if part == "processor" and issubclass(found, mixin) else found
+        return _images_alone(found) if part == "processor" and issubclass(found, mixin) else found
 
     def grid(self, image_size: tuple[int, int] | None) -> Grid:
         """See ``FlowPipeline.grid``; the text encoder must be able to read an image of these sides."""
@@ -119,9 +119,9 @@ class QwenImageEdit(QwenImage):
 
     def encode_edit(self, text: str, source: Image, grid: Grid) -> Condition:
         pipe = self.pipe
-        picture = pipe.image_processor.resize(to_pil(source), *self.read_size(grid))
+        image = pipe.image_processor.resize(to_pil(source), *self.read_size(grid))
         words = pipe.prompt_template_encode.format(self.prompt_prefix + text)
-        inputs = pipe.processor(text=[words], images=[picture], return_tensors="pt").to(pipe.text_encoder.device)
+        inputs = pipe.processor(text=[words], images=[image], return_tensors="pt").to(pipe.text_encoder.device)
         states = pipe.text_encoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
         return {"embeds": states[0, pipe.prompt_template_encode_start_idx :]}
 
@@ -137,11 +137,11 @@ class QwenImageEditPlus(QwenImageEdit):
         return round(384 * ratio / 32) * 32, round(384 / ratio / 32) * 32
 
 
-def _pictures_alone(processor: Any) -> Any:
+def _images_alone(processor: Any) -> Any:
     """A subclass of a processor of transformers that reads no videos. Any: classes of an optional package."""
 
-    class Pictures(processor):
+    class Images(processor):
         def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template)
 
-    return Pictures
+    return Images

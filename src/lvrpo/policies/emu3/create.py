@@ -65,7 +65,7 @@ def create_emu3(sizes: Emu3Sizes, texts: Sequence[str] = ()) -> Emu3Policy:
         bos_token_id=1,
         eos_token_id=2,
     )
-    pictures = Emu3VQVAEConfig(
+    images = Emu3VQVAEConfig(
         codebook_size=sizes.codes,
         base_channels=VQ_CHANNELS,
         hidden_size=VQ_CHANNELS,
@@ -73,7 +73,7 @@ def create_emu3(sizes: Emu3Sizes, texts: Sequence[str] = ()) -> Emu3Policy:
         num_res_blocks=1,
     )
     config = transformers.Emu3Config(
-        text_config=text, vq_config=pictures, vocabulary_map=tokenizer.get_vocab(), tie_word_embeddings=False
+        text_config=text, vq_config=images, vocabulary_map=tokenizer.get_vocab(), tie_word_embeddings=False
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
@@ -97,7 +97,7 @@ def write_processor(tokenizer: Tokenizer, sizes: Emu3Sizes, folder: Path) -> Non
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    pictures = {
+    images = {
         "image_processor_type": "Emu3ImageProcessor",
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
@@ -110,7 +110,7 @@ def write_processor(tokenizer: Tokenizer, sizes: Emu3Sizes, folder: Path) -> Non
         ("tokenizer.json", tokenizer.to_str().encode()),
         ("tokenizer_config.json", json_bytes(named)),
         ("chat_template.jinja", TEMPLATE.encode()),
-        ("preprocessor_config.json", json_bytes(pictures)),
+        ("preprocessor_config.json", json_bytes(images)),
         ("processor_config.json", json_bytes({"processor_class": "Emu3Processor"})),
         ("generation_config.json", json_bytes(generation)),
     ):

@@ -1,4 +1,4 @@
-"""Emu3 as a policy: reads pictures as image tokens and answers, thinks, and draws line by line, with guidance."""
+"""Emu3 as a policy: reads images as image tokens and answers, thinks, and draws line by line, with guidance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KIND = "an Emu3"
 DRAWN_PIXELS = 720 * 720
 """Default size of an image."""
 DECODED = 4
-"""Pictures that go through the autoencoder at once."""
+"""Images that go through the autoencoder at once."""
 TEMPLATE = (
     "{% for message in messages %}{{ message.role | upper }}: {% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{{ ' ' }}{% endfor %}{% endfor %}"
@@ -70,15 +70,15 @@ class Emu3Policy(ImageTokenPolicy):
         self.register_buffer("codes", torch.tensor([known[c] for c in range(codes)]), persistent=False)
         tokenizer = chat.tokenizer
         markers = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-        line_end, self.picture_id = named.get("<|extra_200|>", size), named.get("<image>", size)
+        line_end, self.image_id = named.get("<|extra_200|>", size), named.get("<image>", size)
         if (
             None in markers
-            or max(*markers, line_end, self.picture_id, *known.values()) >= size
-            or tokenizer.convert_tokens_to_ids("<image>") != self.picture_id
+            or max(*markers, line_end, self.image_id, *known.values()) >= size
+            or tokenizer.convert_tokens_to_ids("<image>") != self.image_id
         ):
             raise InputError(f"{chat.folder}: its tokenizer does not fit vocabulary_map in {CONFIG}: use one model's")
         self.text_tokens = torch.ones(size, dtype=torch.bool)
-        self.text_tokens[[*known.values(), line_end, self.picture_id]] = False
+        self.text_tokens[[*known.values(), line_end, self.image_id]] = False
         (self.end_id, self.pad_id), self.line_end = markers, line_end
 
     codes: torch.Tensor
@@ -123,7 +123,7 @@ class Emu3Policy(ImageTokenPolicy):
     def _encoded(self, text: str) -> list[int]:
         return self.chat.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    # --- pictures ---
+    # --- images ---
 
     @torch.no_grad()
     def decode_images(self, codes: torch.Tensor) -> list[Image]:
@@ -137,7 +137,7 @@ class Emu3Policy(ImageTokenPolicy):
         return found
 
     def encode_image(self, image: Image) -> torch.Tensor:
-        """Quantizes a picture with the model's own autoencoder, at the size that its image processor selects."""
+        """Quantizes an image with the model's own autoencoder, at the size that its image processor selects."""
         return self._read.get(image, None, self._encode)
 
     @torch.no_grad()
@@ -158,15 +158,15 @@ class Emu3Policy(ImageTokenPolicy):
         ids = self.chat.read(parts).ids
         lines = [self._lines(part) for part in parts if isinstance(part, torch.Tensor)]
         if lines:
-            ids = ids.masked_scatter(ids == self.picture_id, torch.cat(lines))
+            ids = ids.masked_scatter(ids == self.image_id, torch.cat(lines))
         return Row(tuple(ids.tolist()))
 
-    def _lines(self, picture: Image) -> torch.Tensor:
-        """Ids of a picture, ends of lines included, (h * (w + 1),)."""
-        return self.picture_ids(self.encode_image(picture))
+    def _lines(self, image: Image) -> torch.Tensor:
+        """Ids of an image, ends of lines included, (h * (w + 1),)."""
+        return self.image_ids(self.encode_image(image))
 
     def start_image(self, size: tuple[int, int]) -> list[int]:
-        """Height and width in tokens, between the markers of a picture and of its tokens."""
+        """Height and width in tokens, between the markers of an image and of its tokens."""
         processor, (h, w) = self.chat.processor, self._grid(size)
         return self._encoded(f"{processor.image_start_token}{h}*{w}{processor.fake_token_around_image}")
 

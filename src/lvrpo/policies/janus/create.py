@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, processors
 
-from lvrpo.policies.byte_level import LanguageSizes, PictureSizes, learn_tokenizer
+from lvrpo.policies.byte_level import ImageSizes, LanguageSizes, learn_tokenizer
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor
 from lvrpo.policies.transformers_checkpoint import json_bytes
@@ -29,7 +29,7 @@ VQ_CHANNELS = 32
 """Channels of the autoencoder: the minimum for its group norms."""
 
 
-class JanusSizes(PictureSizes, LanguageSizes):
+class JanusSizes(ImageSizes, LanguageSizes):
     """Sizes of a random Janus."""
 
     vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
@@ -65,7 +65,7 @@ def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
     """The configuration of some sizes. Any: of an optional package."""
     from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-    spread = sizes.width**-0.5  # weights that are seen in the logits: a prompt moves them, and so does a picture
+    spread = sizes.width**-0.5  # weights that are seen in the logits: a prompt moves them, and so does an image
     levels = round(math.log2(sizes.patch_size)) + 1
     return transformers.JanusConfig(
         text_config=transformers.LlamaConfig(
@@ -141,7 +141,7 @@ def processor_files(tokenizer: Tokenizer, sizes: JanusSizes, ids: dict[str, int]
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    pictures = {
+    images = {
         "do_normalize": True,
         "do_pad": True,
         "do_rescale": True,
@@ -158,7 +158,7 @@ def processor_files(tokenizer: Tokenizer, sizes: JanusSizes, ids: dict[str, int]
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json_bytes(named),
         "chat_template.jinja": TEMPLATE.encode(),
-        "preprocessor_config.json": json_bytes(pictures),
+        "preprocessor_config.json": json_bytes(images),
         "processor_config.json": json_bytes(
             {
                 "num_image_tokens": sizes.image_tokens,

@@ -1,4 +1,4 @@
-"""Janus as a policy: reads pictures and answers, thinks, and draws image tokens one after another, with guidance."""
+"""Janus as a policy: reads images and answers, thinks, and draws image tokens one after another, with guidance."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lvrpo.policies.transformers_checkpoint import load_model, save_model
 from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 DECODED = 16
-"""Pictures that go through the autoencoder at once."""
+"""Images that go through the autoencoder at once."""
 
 
 class JanusPolicy(ImageTokenPolicy):
     """Janus and Janus-Pro of any size, as ``JanusForConditionalGeneration`` of transformers computes them.
 
-    In the ids of a row ``PATCH`` is a patch of a picture that is read, and an image token c is vocabulary_size + c. The
+    In the ids of a row ``PATCH`` is a patch of an image that is read, and an image token c is vocabulary_size + c. The
     unconditional branch of guidance has padding in the place of the prompt.
     """
 
@@ -86,7 +86,7 @@ class JanusPolicy(ImageTokenPolicy):
         """See ``ImageTokenPolicy.decode_text``; markers and outer spaces are removed."""
         return self.processor.decode(ids)
 
-    # --- pictures ---
+    # --- images ---
 
     @torch.no_grad()
     def decode_images(self, codes: torch.Tensor) -> list[Image]:
@@ -96,15 +96,15 @@ class JanusPolicy(ImageTokenPolicy):
         vqmodel, found = self.model.model.vqmodel, []
         with torch.autocast(self.device.type, enabled=False):
             for part in codes.flatten(1).to(self.device).split(DECODED):
-                found += list(self.processor.pictures.images(vqmodel.decode(part)).cpu())
+                found += list(self.processor.image_settings.images(vqmodel.decode(part)).cpu())
         return found
 
     @torch.no_grad()
     def encode_image(self, image: Image) -> torch.Tensor:
-        """Quantizes a picture with the tile codebook, or else with the model's own autoencoder."""
-        pixels = self.processor.pictures.pixels([image])
+        """Quantizes an image with the tile codebook, or else with the model's own autoencoder."""
+        pixels = self.processor.image_settings.pixels([image])
         if self.tiles is not None:
-            tokens = self.tiles.encode(list(self.processor.pictures.images(pixels)))
+            tokens = self.tiles.encode(list(self.processor.image_settings.images(pixels)))
         else:
             pixels = pixels.to(self.device, self.model.lm_head.weight.dtype)
             with torch.autocast(self.device.type, enabled=False):
@@ -115,8 +115,8 @@ class JanusPolicy(ImageTokenPolicy):
 
     def context(self, parts: Parts, output: Sequence[OutputKind]) -> Row:
         """See ``ImageTokenPolicy.context``; uses the chat template of the folder."""
-        pictures = tuple(part for part in parts if isinstance(part, torch.Tensor))
-        return Row(tuple(self.processor.prompt(parts, "image" in output)), pictures)
+        images = tuple(part for part in parts if isinstance(part, torch.Tensor))
+        return Row(tuple(self.processor.prompt(parts, "image" in output)), images)
 
     def start_image(self, size: tuple[int, int]) -> list[int]:
         """The marker that begins an image."""
@@ -128,14 +128,14 @@ class JanusPolicy(ImageTokenPolicy):
         return Row(tuple(i if i in kept else self.pad_id for i in row.ids))
 
     def input_row(self, part: Part) -> tuple[Row, list[int]]:
-        """See ``ImageTokenPolicy.input_row``; begins with the marker of a text or of a picture."""
+        """See ``ImageTokenPolicy.input_row``; begins with the marker of a text or of an image."""
         markers = self.processor.ids
         if isinstance(part, str):
-            begin, ids, pictures = [markers["bos_token"]], self.processor.tokenize(part), ()
+            begin, ids, images = [markers["bos_token"]], self.processor.tokenize(part), ()
         else:
             begin, ids = [markers["bos_token"], markers["boi_token"]], [PATCH] * self.processor.patches
-            pictures = (part,)
-        return Row((*begin, *ids), pictures), list(range(len(begin), len(begin) + len(ids)))
+            images = (part,)
+        return Row((*begin, *ids), images), list(range(len(begin), len(begin) + len(ids)))
 
     def code_ids(self, codes: torch.Tensor) -> torch.Tensor:
         """Offsets codes by the vocabulary size."""
@@ -145,8 +145,8 @@ class JanusPolicy(ImageTokenPolicy):
         """Logits of the generation head."""
         return self.model.model.generation_head(states)
 
-    def embed(self, ids: torch.Tensor, pictures: Sequence[Image]) -> torch.Tensor:
-        """Embeds text tokens, image tokens, and patches of pictures by the understanding encoder."""
+    def embed(self, ids: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
+        """Embeds text tokens, image tokens, and patches of images by the understanding encoder."""
         vocabulary = self.processor.vocabulary_size
         x = self.model.get_input_embeddings()(ids.clamp(0, vocabulary - 1))
         drawn, read = ids >= vocabulary, ids == PATCH
@@ -154,16 +154,16 @@ class JanusPolicy(ImageTokenPolicy):
             codes = self.model.prepare_embeddings_for_image_generation(ids[drawn] - vocabulary)
             x = x.masked_scatter(drawn[..., None], codes.to(x.dtype))
         if read.any():
-            x = x.masked_scatter(read[..., None], self._read(pictures).to(x.dtype))
+            x = x.masked_scatter(read[..., None], self._read(images).to(x.dtype))
         return x
 
-    def _read(self, pictures: Sequence[Image]) -> torch.Tensor:
-        """Encodes pictures for reading: (B * patches, D). Each distinct picture is encoded once."""
-        distinct = {id(picture): picture for picture in pictures}
+    def _read(self, images: Sequence[Image]) -> torch.Tensor:
+        """Encodes images for reading: (B * patches, D). Each distinct image is encoded once."""
+        distinct = {id(image): image for image in images}
         places = {key: i for i, key in enumerate(distinct)}
-        pixels = self.processor.pictures.pixels(list(distinct.values())).to(self.device)
+        pixels = self.processor.image_settings.pixels(list(distinct.values())).to(self.device)
         features = self.model.model.get_image_features(pixels).pooler_output
-        order = torch.tensor([places[id(picture)] for picture in pictures], device=self.device)
+        order = torch.tensor([places[id(image)] for image in images], device=self.device)
         return features.index_select(0, order).flatten(0, 1)
 
     # --- weights ---
@@ -183,7 +183,7 @@ class JanusPolicy(ImageTokenPolicy):
         side, patch = vision.image_size, vision.patch_size
         if vision.num_image_tokens != (side // patch) ** 2:
             raise InputError(
-                f"{folder / 'config.json'}: num_image_tokens={vision.num_image_tokens}: pictures of {side} x {side} in "
+                f"{folder / 'config.json'}: num_image_tokens={vision.num_image_tokens}: images of {side} x {side} in "
                 f"patches of {patch} x {patch} have {(side // patch) ** 2}: restore the file"
             )
         files = stored_files(folder, FILES)

@@ -1,4 +1,4 @@
-"""Janus's processor: prompts to ids, pictures to normalized pixels and back, and the files that say how."""
+"""Janus's processor: prompts to ids, images to normalized pixels and back, and the files that say how."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = (
 )
 """Files of a folder in the layout of transformers besides config.json and the weights, saved unchanged."""
 PATCH = -1
-"""Id that stands for one patch of a picture in a prompt."""
+"""Id that stands for one patch of an image in a prompt."""
 TOKENS: Mapping[str, str | None] = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
     "image_token": "<image_placeholder>",
@@ -50,10 +50,10 @@ TEMPLATE = (
 
 
 class ImageSettings(Config):
-    """Size and normalization of pictures for the encoders, from the image processor of transformers."""
+    """Size and normalization of images for the encoders, from the image processor of transformers."""
 
     size: int = Field(ge=1)
-    """Side of the square that a picture is fitted into and padded to."""
+    """Side of the square that an image is fitted into and padded to."""
     min_size: int = Field(default=14, ge=1)
     """The shorter side has at least so many pixels."""
     image_mean: tuple[float, float, float]
@@ -70,12 +70,12 @@ class ImageSettings(Config):
         return size
 
     def pixels(self, images: Sequence[Image]) -> torch.Tensor:
-        """Pictures of any size to normalized pixels (B, 3, size, size): fitted, padded to a square, normalized."""
+        """Images of any size to normalized pixels (B, 3, size, size): fitted, padded to a square, normalized."""
         square = torch.stack([self._square(image.float()) for image in images])
         return (square - _channels(self.image_mean, square)) / _channels(self.image_std, square)
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalized pixels (B, 3, H, W) to pictures in [0, 1]."""
+        """Normalized pixels (B, 3, H, W) to images in [0, 1]."""
         return (pixels.float() * _channels(self.image_std, pixels) + _channels(self.image_mean, pixels)).clamp(0, 1)
 
     def _square(self, image: Image) -> torch.Tensor:
@@ -94,7 +94,7 @@ class ImageSettings(Config):
 
 
 def resize_in_8_bits(image: Image, height: int, width: int, mode: str) -> Image:
-    """A picture of another size, as PIL resizes it: along rows, then columns, in 8 bits."""
+    """An image of another size, as PIL resizes it: along rows, then columns, in 8 bits."""
     for size in ((image.shape[1], width), (height, width)):
         image = functional.interpolate(image[None], size, mode=mode, align_corners=False, antialias=True)[0]
         image = (image.clamp(0, 1) * 255).round() / 255
@@ -107,7 +107,7 @@ def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Processor(StoredFiles):
-    """Tokenizer, chat template and picture settings of a folder; never changed after it is made."""
+    """Tokenizer, chat template and image settings of a folder; never changed after it is made."""
 
     tokenizer: Tokenizer
     ids: Mapping[str, int]
@@ -116,16 +116,16 @@ class Processor(StoredFiles):
     """Chat template."""
     system_prompt: str
     """Before prompts that are answered by text alone; empty where the folder asks for none."""
-    pictures: ImageSettings
+    image_settings: ImageSettings
     patches: int
-    """Patches of a picture that is read."""
+    """Patches of an image that is read."""
     vocabulary_size: int
     files: Mapping[str, bytes]
 
     def prompt(self, parts: Parts, draws: bool) -> list[int]:
-        """Ids of a user's message and the start of the answer, ``PATCH`` once per patch of a picture.
+        """Ids of a user's message and the start of the answer, ``PATCH`` once per patch of an image.
 
-        ``draws``: whether a picture is to follow, which transformers' processor asks for without its system prompt.
+        ``draws``: whether an image is to follow, which transformers' processor asks for without its system prompt.
         """
         for part in parts:
             if isinstance(part, str):
@@ -191,12 +191,12 @@ class Processor(StoredFiles):
         tokenizer = parse_tokenizer(files["tokenizer.json"], folder / "tokenizer.json")
         named = _object(files, "tokenizer_config.json", folder)
         processing = _object(files, "processor_config.json", folder)
-        pictures = processing.get("image_processor") or _object(files, "preprocessor_config.json", folder)
-        if not pictures:
+        images = processing.get("image_processor") or _object(files, "preprocessor_config.json", folder)
+        if not images:
             raise InputError(f"{folder}: holds no preprocessor_config.json: copy it from the published folder")
-        settings = image_settings(pictures, folder)
+        settings = image_settings(images, folder)
         if settings.size != side:
-            raise InputError(f"{folder}: pictures have side {settings.size}, config.json says {side}: use one model's")
+            raise InputError(f"{folder}: images have side {settings.size}, config.json says {side}: use one model's")
         return cls(
             tokenizer,
             {name: _token_id(tokenizer, named, name, vocabulary_size, folder) for name in TOKENS},

@@ -1,6 +1,6 @@
 """MAGVIT-v2 (arXiv:2310.05737): an autoencoder whose latent codes are the signs of its channels (lookup-free).
 
-Letters: B pictures, C channels, H W sides, N = h w codes in raster order, Z bits of a code.
+Letters: B images, C channels, H W sides, N = h w codes in raster order, Z bits of a code.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Decoder(Decoder):
 
 
 class Magvit(nn.Module):
-    """Pictures to codes and back. The highest bit of a code is the sign of the first channel."""
+    """Images to codes and back. The highest bit of a code is the sign of the first channel."""
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Magvit(nn.Module):
         return (bits.long() << self._places(bits)[:, None]).sum(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, N) of a square picture to pixels about [-1, 1] (B, 3, H, W)."""
+        """Codes (B, N) of a square image to pixels about [-1, 1] (B, 3, H, W)."""
         side = round(codes.shape[1] ** 0.5)
         bits = (codes[:, None] >> self._places(codes)[:, None]) & 1  # (B, Z, N)
         dtype = self.decoder.conv_in.weight.dtype

@@ -126,9 +126,9 @@ def save_autoencoder(magvit: Magvit, folder: Path) -> None:
 
 
 def require_square(num_vq_tokens: int) -> None:
-    """Raises ValueError for a number of image tokens that is not that of a square picture."""
+    """Raises ValueError for a number of image tokens that is not that of a square image."""
     if round(num_vq_tokens**0.5) ** 2 != num_vq_tokens:
-        raise ValueError(f"num_vq_tokens={num_vq_tokens}: must be a square number: pictures are square")
+        raise ValueError(f"num_vq_tokens={num_vq_tokens}: must be a square number: images are square")
 
 
 def _require_safetensors(folder: Path, role: str) -> None:

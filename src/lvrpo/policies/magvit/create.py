@@ -6,12 +6,12 @@ import math
 
 from pydantic import Field
 
-from lvrpo.policies.byte_level import ModelSizes, PictureSizes
+from lvrpo.policies.byte_level import ImageSizes, ModelSizes
 from lvrpo.policies.convolutions import GROUPS
 from lvrpo.policies.magvit.autoencoder import MagvitConfig
 
 
-class MagvitSizes(PictureSizes, ModelSizes):
+class MagvitSizes(ImageSizes, ModelSizes):
     """Sizes of a random model with MAGVIT-v2 beside it."""
 
     bits: int = Field(default=6, ge=1, le=16)

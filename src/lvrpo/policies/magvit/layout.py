@@ -162,7 +162,7 @@ def special_token(
 
 
 def square(image: Image, side: int) -> torch.Tensor:
-    """A picture of any size to pixels in [-1, 1] (3, side, side): its shorter side is fitted, its center is kept."""
+    """An image of any size to pixels in [-1, 1] (3, side, side): its shorter side is fitted, its center is kept."""
     image = image.float()
     height, width = image.shape[1:]
     if (height, width) != (side, side):

@@ -25,7 +25,7 @@ from lvrpo.policies.transformers_policy import (
     TransformersPolicy,
     require_drawn_from_text,
     require_layer,
-    require_one_picture,
+    require_one_image,
 )
 from lvrpo.sampling import guide_logits
 from lvrpo.types import (
@@ -43,7 +43,7 @@ from lvrpo.types import (
 
 L = TypeVar("L", bound=TokenLayout)
 KEPT = 4096
-"""Read pictures whose codes are remembered."""
+"""Read images whose codes are remembered."""
 
 
 class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
@@ -142,7 +142,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
         """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
         require_drawn_from_text(prompt, self.kind)
-        require_one_picture(named, prompt.parts, self.kind)
+        require_one_image(named, prompt.parts, self.kind)
         side = self.drawn_side
         if "image" in prompt.output and sampling.image_size not in (None, (side, side)):
             raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
@@ -170,7 +170,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     @torch.no_grad()
     def encode_image(self, image: Image) -> torch.Tensor:
-        """The codes of a picture of any size, int64 (N,), on the CPU; those of equal pictures are remembered."""
+        """The codes of an image of any size, int64 (N,), on the CPU; those of equal images are remembered."""
         key = hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=16).digest() + bytes(
             str(tuple(image.shape)), "ascii"
         )
@@ -188,7 +188,7 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     @torch.no_grad()
     def decode_image(self, codes: torch.Tensor) -> Image:
-        """The picture of codes (N,), on the CPU."""
+        """The image of codes (N,), on the CPU."""
         if self.tiles is not None:
             return self.tiles.decode(codes[None])[0]
         with torch.autocast(self.device.type, enabled=False):
@@ -196,14 +196,14 @@ class MagvitPolicy(TokenPolicy, TransformersPolicy, Generic[L]):
 
     def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
         """The row before an answer; see ``segment_context`` for that before an image."""
-        require_one_picture(f"{_text(parts)[:40]!r}", parts, self.kind)
-        pictures = [part for part in parts if isinstance(part, torch.Tensor)]
-        return self.layout.question(self.encode_image(pictures[0]) if pictures else None, _text(parts))
+        require_one_image(f"{_text(parts)[:40]!r}", parts, self.kind)
+        images = [part for part in parts if isinstance(part, torch.Tensor)]
+        return self.layout.question(self.encode_image(images[0]) if images else None, _text(parts))
 
     def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
         """The row before an answer or a plan, or before the image tokens of an image: the prompt, then its plan.
 
-        Raises InputError for a picture or a text that has no place in it.
+        Raises InputError for an image or a text that has no place in it.
         """
         if kind == "text":
             first = {"reason": THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER}.get(prompt.task)

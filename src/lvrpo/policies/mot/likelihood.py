@@ -139,7 +139,7 @@ def image_logprob(
     rows = [runner.row(parts, draws=True) for parts in given]
     grids = [runner.encoders.latent_grid(image) for image in images]
     for row, grid in zip(rows, grids, strict=True):
-        limits.check_length("picture to judge", row, runner.noise(grid).span.length)
+        limits.check_length("image to judge", row, runner.noise(grid).span.length)
     scores: dict[int, torch.Tensor] = {}
     for part in limits.split_rows(rows, [height * width + 2 for height, width in grids]):
         # contexts of different kinds of spans go apart, else most of a row would be padding
@@ -193,7 +193,7 @@ def image_features(runner: ModelRunner, images: Sequence[Image], layer: int) -> 
     """States (B, N, D) of images after ``layer`` layers of the understanding expert; 0: of the vision encoder."""
     if layer == 0:
         return runner.encoders.encode_images(images)
-    rows = [(runner.picture(image, "read"),) for image in images]
+    rows = [(runner.image(image, "read"),) for image in images]
     states = _layer_states(runner, rows, layer)
     return states.unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
 

@@ -66,7 +66,7 @@ class ModelRunner:
         whole = (self.tokenizer.bos_id, *ids)
         return Piece(Span("option", len(whole)), whole)
 
-    def picture(self, image: Image, kind: SpanKind) -> Piece:
+    def image(self, image: Image, kind: SpanKind) -> Piece:
         """An image as vision-encoder tokens ("read") or as clean latent tokens ("clean")."""
         grid = self.encoders.vision_grid(image) if kind == "read" else self.encoders.latent_grid(image)
         n = grid[0] * grid[1]
@@ -88,8 +88,8 @@ class ModelRunner:
                 pieces.append(self.text(self.tokenizer.encode(part)))
             else:
                 if draws:
-                    pieces.append(self.picture(part, "clean"))
-                pieces.append(self.picture(part, "read"))
+                    pieces.append(self.image(part, "clean"))
+                pieces.append(self.image(part, "read"))
         return tuple(pieces)
 
     def without_text(self, row: Row) -> Row:
@@ -168,7 +168,7 @@ class ModelRunner:
 
         One pass per depth at which the tree of shared prefixes branches.
         """
-        heads = [_leading_pictures(row) for row in rows]
+        heads = [_leading_images(row) for row in rows]
         parting = [
             _distinct([head[:k] for head in heads], _row_key) for k in range(max(map(len, heads), default=0) + 1)
         ]
@@ -196,10 +196,10 @@ class ModelRunner:
 
 def leading_spans(row: Row) -> tuple[Span, ...]:
     """The spans of the images at the start of a row."""
-    return tuple(piece.span for piece in _leading_pictures(row))
+    return tuple(piece.span for piece in _leading_images(row))
 
 
-def _leading_pictures(row: Row) -> Row:
+def _leading_images(row: Row) -> Row:
     count = next((i for i, piece in enumerate(row) if piece.span.kind == "text"), len(row))
     return row[:count]
 

@@ -408,7 +408,7 @@ def remaining(example: Example) -> Prompt:
     prompt, dropped = example.prompt, example.dropped
     if not dropped:
         return prompt
-    kept = tuple(part for part in prompt.parts if isinstance(part, str) == (dropped == "picture"))
+    kept = tuple(part for part in prompt.parts if isinstance(part, str) == (dropped == "image"))
     return Prompt(f"{prompt.id}/no {dropped}", prompt.task, kept, prompt.output)
 
 

@@ -47,7 +47,7 @@ class ShowoConfig(Config):
     def _supported(self) -> Self:
         if self.w_clip_vit:
             raise ValueError(
-                "w_clip_vit=true: this one reads pictures through CLIP, which is not supported: use showlab/show-o or "
+                "w_clip_vit=true: this one reads images through CLIP, which is not supported: use showlab/show-o or "
                 "show-o-512x512"
             )
         if self.vocab_size != (needed := self.llm_vocab_size + len(MARKERS) + self.codebook_size + 1):

@@ -1,4 +1,4 @@
-"""Show-o as a policy: answers by causal text after pictures that it reads whole; images are those of its base."""
+"""Show-o as a policy: answers by causal text after images that it reads whole; images are those of its base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lvrpo.types import Segment, SegmentLogprobs, TaskKind
 
 
 class ShowoPolicy(MagvitPolicy[ShowoLayout]):
-    """Show-o of any size whose pictures are read as image tokens: showlab/show-o and show-o-512x512.
+    """Show-o of any size whose images are read as image tokens: showlab/show-o and show-o-512x512.
 
     The transformer is ``PhiForCausalLM`` of transformers under Show-o's attention mask.
     """

@@ -33,7 +33,7 @@ class RandomShowo2(LanguageSizes):
     head_width: int = Field(default=2 * HEADS, ge=2 * HEADS, multiple_of=2 * HEADS, le=65_536)
     """Width of the flow head, whose layers have 32 heads."""
     image_size: int = Field(default=32, ge=16, le=4096)
-    """Side of a picture, a multiple of 16."""
+    """Side of an image, a multiple of 16."""
     channels: int = Field(default=4, ge=1, le=1024)
     """Channels of a latent."""
 

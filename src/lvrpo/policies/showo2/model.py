@@ -169,7 +169,7 @@ class Showo2Sizes:
     patch: int
     channels: int
     grid: tuple[int, int]
-    """Height and width in tokens of the pictures that it was trained on last."""
+    """Height and width in tokens of the images that it was trained on last."""
     head_layers: int
     head_width: int = 2048
     head_inner: int = 8192
@@ -262,7 +262,7 @@ class Showo2Model(nn.Module):
         return torch.stack([x[row, start + 1 : start + length] for row, start, length in rows.images])
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
-        """(1, N, vision width): interpolated to another grid than that of the pictures it was trained on."""
+        """(1, N, vision width): interpolated to another grid than that of the images it was trained on."""
         table = self.position_embedding.weight
         if (height, width) == self.sizes.grid and height * width == len(table):
             return table[None]

@@ -1,4 +1,4 @@
-"""Show-o2 as a policy: reads pictures and answers, and draws latents of Wan 2.1 by a flow.
+"""Show-o2 as a policy: reads images and answers, and draws latents of Wan 2.1 by a flow.
 
 Show-o2's own time runs from 0 (noise) to 1 (data); here, as everywhere in lvrpo, t = 1 is noise and t = 0 data.
 """
@@ -28,7 +28,7 @@ from lvrpo.policies.transformers_policy import (
     THINK_THEN_ANSWER,
     TransformersPolicy,
     require_layer,
-    require_one_picture,
+    require_one_image,
     require_room,
 )
 from lvrpo.policies.video_frames import decode_frames, encode_frames
@@ -54,7 +54,7 @@ SHIFT = 3.0
 
 
 class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
-    """Show-o2 of any size. It draws from text alone and answers questions about pictures; its autoencoder is frozen.
+    """Show-o2 of any size. It draws from text alone and answers questions about images; its autoencoder is frozen.
 
     The unguided branch of an image has an empty prompt; both branches are one batch.
     """
@@ -87,7 +87,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     @property
     def image_size(self) -> int:
-        """Side of pictures in pixels."""
+        """Side of images in pixels."""
         return self.model.sizes.grid[0] * self._stride
 
     @property
@@ -159,19 +159,19 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
     def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
         """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
-        pictures = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
+        images = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
         for part in prompt.parts:
             if isinstance(part, str):
                 self.check_text(part)
         if prompt.output not in (("text",), ("image",)):
             raise InputError(f"{named}: a Show-o2 answers or draws, not {' and '.join(prompt.output)}: ask for one")
         if prompt.output == ("image",):
-            if pictures:
-                raise InputError(f"{named}: a Show-o2 draws from text alone, not from a picture: leave the picture out")
+            if images:
+                raise InputError(f"{named}: a Show-o2 draws from text alone, not from an image: leave the image out")
             grid = self.latent_grid(sampling.image_size)
             length, new = len(self._drawn(prompt.text)), 1 + grid[0] * grid[1]
         else:
-            require_one_picture(named, prompt.parts, "a Show-o2")
+            require_one_image(named, prompt.parts, "a Show-o2")
             length, new = self._length(self._question(prompt)), sampling.max_new_tokens
         require_room(prompt, length, new, self.positions)
 
@@ -216,9 +216,9 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         return (THINK_THEN_ANSWER, *prompt.parts) if prompt.task == "reason" else prompt.parts
 
     def _question_ids(self, parts: PromptParts) -> tuple[list[int], list[int]]:
-        """Ids before the picture, or of the whole row without one, and after it; the picture comes first."""
+        """Ids before the image, or of the whole row without one, and after it; the image comes first."""
         text = " ".join(part for part in parts if isinstance(part, str))
-        require_one_picture(f"{text[:40]!r}", parts, "a Show-o2")
+        require_one_image(f"{text[:40]!r}", parts, "a Show-o2")
         start, end = self.parts.ids["<|vision_start|>"], self.parts.ids["<|vision_end|>"]
         before = [self.parts.ids["<|im_start|>"], *self._encode(SYSTEM), *self._encode(USER)]
         asked = self._encode(text) + self._encode(ASSISTANT)
@@ -228,14 +228,14 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     def _length(self, parts: PromptParts) -> int:
         rows, columns = self.model.sizes.grid
-        pictures = sum(isinstance(part, torch.Tensor) for part in parts)
-        return sum(map(len, self._question_ids(parts))) + pictures * (1 + rows * columns)
+        images = sum(isinstance(part, torch.Tensor) for part in parts)
+        return sum(map(len, self._question_ids(parts))) + images * (1 + rows * columns)
 
     def _read_rows(self, questions: Sequence[PromptParts], answers: Sequence[Sequence[int]] | None = None) -> Rows:
         """Questions, each with the tokens of its answer so far."""
-        pictures = [next((p for p in parts if isinstance(p, torch.Tensor)), None) for parts in questions]
-        read = iter(self._read_images([picture for picture in pictures if picture is not None]))
-        images = [None if picture is None else next(read) for picture in pictures]
+        given = [next((p for p in parts if isinstance(p, torch.Tensor)), None) for parts in questions]
+        read = iter(self._read_images([image for image in given if image is not None]))
+        images = [None if image is None else next(read) for image in given]
         before, after = zip(*map(self._question_ids, questions), strict=True)
         rows = [[*ids, *answer] for ids, answer in zip(after, answers or [()] * len(after), strict=True)]
         return self._placed(before, images, rows)
@@ -256,11 +256,11 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
         x = self.model.get_input_embeddings()(ids).split([len(row) for row in rows])
         return place_rows(x[: len(before)], images, x[len(before) :])
 
-    # --- pictures ---
+    # --- images ---
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
-        """Latents (M, C, h, w): the mode of the autoencoder's posterior, normalized; kept by picture."""
+        """Latents (M, C, h, w): the mode of the autoencoder's posterior, normalized; kept by image."""
         return torch.stack([self._latents.get(image, self.device, self._encoded) for image in images])
 
     def _encoded(self, image: Image) -> torch.Tensor:
@@ -270,7 +270,7 @@ class Showo2Policy(LatentFlowPolicy[str], TransformersPolicy):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> list[Image]:
-        """Pictures of tokens (B, N, patch * patch * C), on the CPU."""
+        """Images of tokens (B, N, patch * patch * C), on the CPU."""
         found: list[Image] = []
         with torch.autocast(self.device.type, enabled=False):
             for part in self._latents_of(latents, grid).split(DECODED):

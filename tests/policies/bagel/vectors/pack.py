@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("source.sha256")
 """Of io/meta.json of the set that the excerpt was cut from."""
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 USED_SIDE = 6
-"""Rows of tables of positions beyond so many rows and columns are zero: no picture of the excerpt reaches them."""
+"""Rows of tables of positions beyond so many rows and columns are zero: no image of the excerpt reaches them."""
 WHOLE = ("b_und",)
 KEPT = {
     "a_text": ("decode_", "k_cache", "position_ids", "prompt_ids"),
