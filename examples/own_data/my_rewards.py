@@ -6,12 +6,12 @@ import torch
 
 
 def brightness(image: torch.Tensor, target: float = 0.7) -> float:
-    """0 for a picture of the wanted mean brightness, less for any other; ``target`` is an option of the row."""
+    """0 for an image of the wanted mean brightness, less for any other; ``target`` is an option of the row."""
     return -abs(float(image.mean()) - target)
 
 
 def calm(image: torch.Tensor) -> float:
-    """0 for a plain picture, less the more neighboring pixels differ."""
+    """0 for a plain image, less the more neighboring pixels differ."""
     return -float(image.diff(dim=1).abs().mean() + image.diff(dim=2).abs().mean())
 
 

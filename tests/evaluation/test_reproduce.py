@@ -258,6 +258,7 @@ def test_every_member_of_the_shipped_rows_is_a_configuration(shipped: str) -> No
         ({"tuning": {"base": "one", "seed": 0}}, "seed 0 is the one that grids are tuned with"),
         ({"budget": {"row": "base"}}, "must be a row that trains"),
         ({"only": ["nobody"]}, "'nobody' is no row"),
+        ({"runs": {"all": [["one", 0], ["one", 1]]}}, "rows.longer.runs=all: start=scratch takes the seed of the base"),
     ],
 )
 def test_an_experiment_that_does_not_fit_is_one_line(change: dict[str, Any], message: str, small: Path) -> None:

@@ -158,6 +158,11 @@ class Experiment(Config):
             raise ValueError(f"rows.{name}.runs={row.runs}: is not among runs: {', '.join(self.runs)}")
         if row.of is not None and (row.of not in self.rows or self.rows[row.of].of is not None):
             raise ValueError(f"rows.{name}.of={row.of}: must be a row with runs of its own")
+        used = [base for base, _ in self.runs[row.runs]]
+        if row.start == "scratch" and len({*used}) < len(used):
+            raise ValueError(
+                f"rows.{name}.runs={row.runs}: start=scratch takes the seed of the base: give each base once"
+            )
         size = len(self.rows[self.budget.row].tune)
         if row.trained and row.untuned is None and len(row.tune) != size:
             raise ValueError(
