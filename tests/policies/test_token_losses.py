@@ -66,7 +66,7 @@ def test_losses_of_janus_are_those_of_its_model(janus: JanusPolicy) -> None:
     answer = torch.tensor(janus.processor.answer("a red"))
     assert int(answer[-1]) == janus.processor.ids["eos_token"]
     ids = torch.cat([asked.where(asked >= 0, janus.processor.ids["image_token"]), answer[None]], dim=1)
-    pixels = janus.processor.images.pixels([image(1)])
+    pixels = janus.processor.image_settings.pixels([image(1)])
     logits = janus.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
     expected = functional.cross_entropy(logits[-len(answer) - 1 : -1], answer)
     losses = janus.supervised_losses([QUESTION], generator())

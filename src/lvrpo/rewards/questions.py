@@ -25,19 +25,19 @@ from lvrpo.sampling import derive_seed
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 TEMPLATE = """\
-An image was drawn from this description: {prompt}
+A picture was drawn from this description: {prompt}
 
-Write the questions that check whether the image shows what was described: one question for every object, count, \
-color, relation and written text. Every question asks for one thing and can be answered from the image alone, by yes \
+Write the questions that check whether the picture shows what was described: one question for every object, count, \
+color, relation and written text. Every question asks for one thing and can be answered from the picture alone, by yes \
 or no, by a number, or by one or two words. Write one question per line, with its right answer after the question mark:
 is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""
 
 EDIT_TEMPLATE = """\
-An image was edited by this instruction: {prompt}
+A picture was edited by this instruction: {prompt}
 
-Write the questions that check, from the edited image alone, whether the instruction was followed: one question for \
+Write the questions that check, from the edited picture alone, whether the instruction was followed: one question for \
 every thing that it asks for. Every question can be answered by yes or no, by a number, or by one or two words. Write \
 one question per line, with its right answer after the question mark:
 is there a cube? yes
@@ -45,12 +45,12 @@ what color is the cube? red
 how many birds are there? 3"""
 
 STAY_TEMPLATE = """\
-This image will be edited by this instruction: {prompt}
+This picture will be edited by this instruction: {prompt}
 
-Write the questions that check, from the edited image alone, whether everything else stayed as it is: ask about the \
-objects, colors, counts, relations and the background of this image that the instruction does not touch, and about \
+Write the questions that check, from the edited picture alone, whether everything else stayed as it is: ask about the \
+objects, colors, counts, relations and the background of this picture that the instruction does not touch, and about \
 nothing that it changes. Every question asks for one thing and can be answered by yes or no, by a number, or by one \
-or two words. Write one question per line, with its answer in this image after the question mark:
+or two words. Write one question per line, with its answer in this picture after the question mark:
 is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""

@@ -161,7 +161,7 @@ def test_both_sides_judge(policy: ImageTokenPolicy, prompts: list[Prompt]) -> No
 
 PLAIN = Prompt("s", "generate", ("x",), ("image",))
 REFUSED: list[tuple[Prompt, Sampling, str]] = [
-    (Prompt("e", "edit", (torch.rand(3, 32, 32), "red"), ("image",)), BASE, "draws from text alone, not from a pict"),
+    (Prompt("e", "edit", (torch.rand(3, 32, 32), "red"), ("image",)), BASE, "draws from text alone, not from an image"),
     (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs an image"),
     (Prompt("o", "reason", ("x",), ("image", "text")), BASE, "answers, draws, or thinks and draws, not image,"),
     (Prompt("m", "generate", ("a <MARKER>",), ("image",)), BASE, "holds <MARKER>, a marker of the model"),

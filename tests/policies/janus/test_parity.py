@@ -48,7 +48,7 @@ def test_prompts_and_images_are_prepared_as_by_the_processor(
         theirs = inputs_of(processor, prompt.parts)
         ours = [image_token if i < 0 else i for i in janus.processor.prompt(prompt.parts, draws=False)]
         assert ours == theirs.input_ids[0].tolist()
-        pixels = janus.processor.images.pixels([part for part in prompt.parts if not isinstance(part, str)])
+        pixels = janus.processor.image_settings.pixels([part for part in prompt.parts if not isinstance(part, str)])
         levels = (pixels - theirs.pixel_values).abs() * 255 / 2
         assert float(levels.max()) < (1e-3 if "u2" not in prompt.id else 1.01)  # resized in 8 bits
         assert float(levels.mean()) < 0.1
@@ -114,7 +114,7 @@ def test_greedy_drawings_and_their_guided_log_probs_are_the_library_s(
 def test_images_are_quantized_as_by_the_library(janus: JanusPolicy, model: Any, prompts: list[Prompt]) -> None:
     images = [part for part in prompts[2].parts if not isinstance(part, str)]
     codes = torch.stack([janus.encode_image(image) for image in images])
-    pixels = janus.processor.images.pixels(images)
+    pixels = janus.processor.image_settings.pixels(images)
     assert codes.flatten().tolist() == model.model.vqmodel.encode(pixels).image_tokens.flatten().tolist()
     assert len(codes.unique()) > 1
 

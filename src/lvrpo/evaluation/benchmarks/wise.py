@@ -27,10 +27,10 @@ from lvrpo.rewards.endpoint import ChatEndpoint, NoAnswer
 from lvrpo.rewards.self_vqa import Reader
 from lvrpo.types import Group, Image, Parts, Prompt
 
-REQUEST = """An image was drawn for this prompt. The explanation says what it means and what a right image shows.
+REQUEST = """A picture was drawn for this prompt. The explanation says what it means and what a right picture shows.
 Prompt: {prompt}
 Explanation: {explanation}
-Rate the image by these criteria; in doubt choose the lower number.
+Rate the picture by these criteria; in doubt choose the lower number.
 {criteria}
 Answer with {lines} and nothing else:
 {form}"""
