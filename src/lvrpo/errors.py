@@ -20,6 +20,10 @@ class ContractError(LvrpoError):
     """An invariant is violated (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""
 
 
+class RefusedRunError(ContractError):
+    """The step-0 contract is violated: the run does not begin, and leaves no folder."""
+
+
 class UnhealthyRunError(LvrpoError):
     """A run finished, but its health check failed. The message is one line with the reason. Exits with 3."""
 

@@ -20,13 +20,15 @@ from ranks import Command
 from stored import killed_copy, stored
 
 from lvrpo.config import dump_config, load_config
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.loading import load_policy, policy_folder
+from lvrpo.training import preflight
 from lvrpo.training.base_trainer import Interrupted, InterruptHandler
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.components import training_source
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies, SetName
+from lvrpo.training.preflight import Check
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout_log import TRAITS, read_steps
 from lvrpo.training.run_directory import RunDirectory
@@ -445,3 +447,26 @@ def test_a_run_does_not_go_on_with_other_images(small_base: Path) -> None:
 
 def fact(color: str) -> dict[str, str]:
     return {"question": "what color is the circle ?", "answer": color}
+
+
+# --- runs that are refused, or killed, at their start ---
+
+
+def test_a_run_whose_first_update_is_refused_leaves_no_folder(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Check("weights changed by the first update", 0.0, 1.0, ok=False, detail="check learning rates")
+    monkeypatch.setattr(preflight, "first_update_checks", lambda *_: [broken])
+    trainer = Trainer.start(config, Path("runs/one"))
+    with pytest.raises(ContractError, match="weights changed by the first update is 0, limit 1: check"), trainer.run:
+        trainer.train()
+    assert not Path("runs").exists()
+
+
+def test_a_resumed_run_that_is_refused_stays(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer.start(config, Path("run")).run.close()
+    monkeypatch.setattr(preflight, "first_update_checks", lambda *_: [Check("a", 0.0, 1.0, ok=False, detail="b")])
+    trainer = Trainer.resume(Path("run"))
+    with pytest.raises(ContractError, match="step-0 contract: a is 0"), trainer.run:
+        trainer.train()
+    assert Path("run/checkpoints/step_000000/checkpoint.json").exists()

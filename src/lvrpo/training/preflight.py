@@ -11,7 +11,7 @@ import torch
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.data.base import Task
 from lvrpo.distributed import POLICY, is_main, relay_errors
-from lvrpo.errors import ContractError
+from lvrpo.errors import RefusedRunError
 from lvrpo.policies.base import FlowPolicy, RolloutPolicy, require_method
 from lvrpo.rewards.config import ConfiguredReward
 from lvrpo.rewards.table import score_groups
@@ -306,12 +306,12 @@ def _divergence_inputs(policy: FlowPolicy, trajectories: Sequence[Trajectory], k
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raises ContractError for the first failed check, on all ranks: scores of an endpoint differ between them."""
+    """Raises RefusedRunError for the first failed check, on all ranks: scores of an endpoint differ between them."""
     with relay_errors():
         for check in checks:
             if not check.ok:
                 measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
-                raise ContractError(f"step-0 contract: {measured}: {check.detail}")
+                raise RefusedRunError(f"step-0 contract: {measured}: {check.detail}")
 
 
 def preflight_checks(
@@ -354,7 +354,7 @@ def check_before_first_step(
     rewards: Sequence[ConfiguredReward],
     engine: EngineSampler | None = None,
 ) -> None:
-    """Runs the step-0 contract and writes contract.json; raises ContractError for the first failed check."""
+    """Runs the step-0 contract and writes contract.json; raises RefusedRunError for the first failed check."""
     checks = preflight_checks(config, policies, source, rewards, engine)
     run.write_json("contract.json", [check.as_dict() for check in checks])
     require(checks)
@@ -363,7 +363,7 @@ def check_before_first_step(
 def check_first_update(
     run: RunDirectory, policies: Policies, groups: Sequence[Group], table: RewardTable, std_floor: float
 ) -> None:
-    """Adds the checks of the first update to contract.json; raises ContractError for the first failed check."""
+    """Adds the checks of the first update to contract.json; raises RefusedRunError for the first failed check."""
     first = gather_groups(groups, range(len(groups)), members=1)
     checks = first_update_checks(policies, first, table, std_floor)
     if is_main():

@@ -41,7 +41,7 @@ from lvrpo.config import (
     tree_sha256,
 )
 from lvrpo.distributed import is_main, on_main
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, RefusedRunError
 from lvrpo.reading import Kind, Record, parse_typed_json, path_exists, read_bytes, read_json, validate_type
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 
@@ -138,7 +138,7 @@ class RunDirectory:
             self._unlock = None
 
     def close_on_exit(self, error: BaseException | None) -> None:
-        """Releases the lock; deletes a run that this process created if it failed before its first checkpoint."""
+        """Releases the lock; deletes a run that this process created if it was refused, or has no checkpoint."""
         if not is_main():
             return
         while self._close_first:
@@ -148,7 +148,7 @@ class RunDirectory:
             locked
             and isinstance(error, Exception)
             and self._created is not None
-            and latest_checkpoint(self.path) is None
+            and (isinstance(error, RefusedRunError) or latest_checkpoint(self.path) is None)
         ):
             for entry in self.path.iterdir():
                 if entry.name != LOCK:

@@ -220,6 +220,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     policies.weights.lerp("ema", min(config.ema_decay, step / (step + 10)))
                     state.step += 1
                     if step == 0:
+                        self.wait_for_checkpoint()  # a run that is refused is deleted
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
                     successes = group_successes(groups, self.components.scorer)
                     row |= reward_means("reward", table, successes)
