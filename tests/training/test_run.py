@@ -470,3 +470,15 @@ def test_a_resumed_run_that_is_refused_stays(config: TrainConfig, monkeypatch: p
     with pytest.raises(ContractError, match="step-0 contract: a is 0"), trainer.run:
         trainer.train()
     assert Path("run/checkpoints/step_000000/checkpoint.json").exists()
+
+
+def test_a_run_whose_start_was_killed_starts_again_with_any_configuration(config: TrainConfig) -> None:
+    process = train_process(config, Path("run"))
+    while not Path("run/config.yaml").exists():
+        assert not process.ended, process.finish()
+    process.signal(signal.SIGKILL)
+    assert process.finish()[0] == -signal.SIGKILL
+    with pytest.raises(InputError, match="run: was stopped before its start was complete: repeat the command that"):
+        Trainer.resume(Path("run"))
+    Trainer.start(config.model_copy(update={"seed": 1}), Path("run")).run.close()
+    assert RunDirectory.read(Path("run")).config(TrainConfig).seed == 1

@@ -85,7 +85,8 @@ def test_a_path_of_the_current_folder_stays_one_wherever_the_run_is_resumed(
 
 
 def test_another_configuration_is_refused_and_nothing_overwritten(path: Path) -> None:
-    RunDirectory.create(path, Root()).close()
+    with RunDirectory.create(path, Root()) as run:
+        run.append_metrics({"step": 0})
     before = contents(path)
     other = Root(seed=1, training=Training(steps=20, rates=(1.0, 2.0)), weights={"a": 1.0})
     assert refusal(RunDirectory.create, path, other) == (
@@ -110,6 +111,29 @@ def test_a_key_that_did_not_exist_when_the_run_began_has_its_default(path: Path)
         file.write_text("\n".join(line for line in lines if not line.startswith("seed")))
         run.require_config(Root(), "")
         assert "(seed=0 against 1): start a new run" in refusal(run.require_config, Root(seed=1), "start a new run")
+
+
+@pytest.mark.parametrize("left", [[], ["config.yaml"], ["config.yaml", "plan.json"], ["plan.json", "start/a"]])
+def test_a_start_that_was_killed_leaves_the_folder_as_new(path: Path, left: list[str]) -> None:
+    (path / "start").mkdir(parents=True)
+    for name in [".lock", ".start.tmp-0a0a0a0a", *left]:
+        (path / name).write_text("seed: 3\n")
+    with RunDirectory.create(path, Root(seed=1)) as run:
+        assert run.config(Root) == Root(seed=1)
+        assert set(contents(path)) == {".lock", "config.yaml"}
+    with pytest.raises(ZeroDivisionError), RunDirectory.create(path, Root(seed=2)):
+        raise ZeroDivisionError
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kept", ["start/checkpoint.json", "rows.jsonl", "eval/before.json", "metrics.jsonl"])
+def test_what_is_more_than_a_killed_start_is_left_alone(path: Path, kept: str) -> None:
+    RunDirectory.create(path, Root()).close()
+    (path / kept).parent.mkdir(exist_ok=True)
+    (path / kept).write_text("{}")
+    before = contents(path)
+    assert "holds a run with another configuration" in refusal(RunDirectory.create, path, Root(seed=1))
+    assert contents(path) == before
 
 
 @pytest.mark.parametrize("progress", ["metrics", "checkpoint", "summary"])

@@ -52,7 +52,7 @@ from lvrpo.training.health import assess
 from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
-from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.run_directory import PLAN, RunDirectory
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Group, Prompt, TaskKind
 
@@ -140,7 +140,6 @@ def _text(path: Path) -> str:
     return " ".join(path.read_text(encoding="utf-8").split()) if path.exists() else ""
 
 
-PLAN = "plan.json"
 TEST_ROWS = "data.test"
 """Benchmark name for the test rows of the run's own prompt source."""
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from lvrpo.distributed import AsyncSave, gather, is_main, on_main, relay_errors, split_between_ranks, world_size
-from lvrpo.errors import LostProcessError, LvrpoError
+from lvrpo.errors import InputError, LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START
 from lvrpo.reading import path_exists
@@ -297,6 +297,8 @@ def save_start(run: RunDirectory, policy: Policy) -> None:
 
 
 def require_start(run: RunDirectory) -> Path:
-    """The folder of the initial policy; raises InputError if it is damaged."""
+    """The folder of the initial policy; raises InputError if it is damaged, or was never complete."""
+    if not path_exists(run.path / START):
+        raise InputError(f"{run.path}: was stopped before its {START} was complete: repeat the command that started it")
     verify_checkpoint(run.path / START)
     return run.path / START

@@ -42,8 +42,9 @@ from lvrpo.config import (
 )
 from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import ContractError, InputError, RefusedRunError
+from lvrpo.policies.loading import START
 from lvrpo.reading import Kind, Record, parse_typed_json, path_exists, read_bytes, read_json, validate_type
-from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
+from lvrpo.training.checkpoint import SEAL, clean_leftovers, disk_errors, latest_checkpoint
 
 C = TypeVar("C", bound=Config)
 Json = Any
@@ -53,8 +54,11 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+PLAN = "plan.json"
 SCORES = "scores"
 LOCK = ".lock"
+OF_A_START = {CONFIG, PLAN, START}
+"""What is written before the initial policy is complete, from which a run can be resumed."""
 
 
 class MetricsRow(Record):
@@ -87,7 +91,8 @@ class RunDirectory:
     def create(cls, path: Path, config: Config) -> Self:
         """Creates a run in a new directory, or in one where the same run never finished its first step.
 
-        Raises InputError if the directory holds another configuration, finished steps or other files, or is locked.
+        A directory in which a killed process did not complete the initial policy counts as new. Raises InputError if it
+        holds another configuration, finished steps or other files, or is locked.
         """
         run = cls(path)
         on_main(lambda: run._create(config))
@@ -97,12 +102,16 @@ class RunDirectory:
         self._require_unused(config)
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._created = None if (self.path / CONFIG).exists() else missing
+        incomplete = self._is_incomplete()
         try:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._require_unused(config)
             self._recover()
+            if incomplete and self._is_incomplete():
+                self._delete_files()
+                self._created = [self.path]
             if not (self.path / CONFIG).exists():
                 self.write_text(CONFIG, dump_config(config))
         except BaseException as error:  # interrupts too: the lock is released
@@ -150,14 +159,25 @@ class RunDirectory:
             and self._created is not None
             and (isinstance(error, RefusedRunError) or latest_checkpoint(self.path) is None)
         ):
-            for entry in self.path.iterdir():
-                if entry.name != LOCK:
-                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            self._delete_files()
             (self.path / LOCK).unlink(missing_ok=True)
         self.close()
         with suppress(OSError):  # stops at the first folder that is not empty
             for folder in (self._created or ()) if isinstance(error, Exception) else ():
                 folder.rmdir()
+
+    def _delete_files(self) -> None:
+        """Deletes all but the lock."""
+        for entry in self.path.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+    def _is_incomplete(self) -> bool:
+        """Whether a process that started a run here was killed before the initial policy was complete."""
+        if not path_exists(self.path / LOCK):
+            return False
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        return names <= OF_A_START and not path_exists(self.path / START / SEAL)
 
     def __enter__(self) -> Self:
         return self
@@ -229,6 +249,8 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file: choose another name")
             names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+            if self._is_incomplete():
+                return
         if CONFIG not in names:
             foreign = sorted(name for name in names if name != LOCK and not name.startswith(f".{CONFIG}."))
             if foreign:
