@@ -356,6 +356,28 @@ def test_a_tracker_that_is_back_gets_what_it_missed_once(
     assert Path("sent.txt").read_text().splitlines() == [*numbers, *rest]
 
 
+def test_a_run_resumed_while_its_old_tracker_still_sends_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import pathlib, time\nImage = Table = lambda *given, **named: None\n"
+        "def init(**given):\n    pass\ndef finish():\n    pass\n"
+        "def log(values, step):\n    with pathlib.Path('sent.txt').open('a') as file:\n"
+        "        file.write(f'{step} {sorted(values)[0]}\\n')\n    time.sleep(1)\n"
+    )
+    stub_package(monkeypatch, "trackio", code)
+    run = write_run(ROWS, [{"kind": "trackio"}], summary=False)
+    old, new = (process_of(run, "trackio", timeout_s=30) for _ in range(2))
+    old.start()
+    while not Path("sent.txt").exists():
+        time.sleep(0.01)
+    assert (stdin := old.processes[0].stdin) is not None
+    stdin.close()  # as when the run is killed
+    new.start()
+    new.close()
+    old.close()
+    sent = ["0 validation/generate", "1 reward/generate/a:b", "1 samples", "1 answers", "2 reward/generate/a:b"]
+    assert Path("sent.txt").read_text().splitlines() == sent
+
+
 def test_a_tracker_that_hangs_is_stopped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_package(monkeypatch, "trackio", "import time\ndef init(**given):\n    time.sleep(600)\n")
     processes = process_of(write_run(ROWS, [{"kind": "trackio"}]), "trackio", timeout_s=0.5)

@@ -6,6 +6,7 @@ standard input ends it. It loads no torch.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import json
@@ -289,6 +290,8 @@ def main(run: Path, kind: str) -> int:
     log = os.open(folder / f"{kind}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)  # libraries print as they like
+    lock = os.open(folder / f"{kind}.log", os.O_RDONLY)  # of this process alone: those that libraries start inherit log
+    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of a killed run, which sends the rest
     ended, warned = False, False
     while True:
         try:
