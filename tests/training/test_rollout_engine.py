@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.registry import allow_code, isolated_permissions
+from lvrpo.training import weights_folder
 from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import policy_module, weights_checksum
@@ -357,3 +360,22 @@ def test_the_worker_takes_what_it_is_sent(lively_base: Path, lively_policy: Any,
     save_file(sent, str(tmp_path / "w.safetensors"))
     assert load_weights(policy, str(tmp_path / "w.safetensors")) == weights_checksum(sent)
     assert all(torch.equal(p, sent[name]) for name, p in policy.named_parameters())
+
+
+def test_weights_that_a_killed_process_left_in_memory_are_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(weights_folder, "SHARED_MEMORY", tmp_path)
+    code = (
+        "import os, sys; from pathlib import Path; from lvrpo.training import weights_folder as w\n"
+        "w.SHARED_MEMORY = Path(sys.argv[1])\n"
+        "(w.WeightsFolder().path / 'weights.safetensors').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.rglob("weights.safetensors"))) == 1
+    one, other = weights_folder.WeightsFolder(), weights_folder.WeightsFolder(mode=0o755)
+    assert {*tmp_path.iterdir()} == {one.path, other.path}
+    assert [folder.path.stat().st_mode & 0o777 for folder in (one, other)] == [0o700, 0o755]
+    one.close()
+    other.close()
+    assert not [*tmp_path.iterdir()]

@@ -137,7 +137,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clean_leftovers(path.parent, path.name)  # the folder may be the user's
-        temporary, lock = _locked_temporary(path)
+        temporary, lock = locked_temporary(path)
         try:
             yield temporary
             sync_tree(temporary)
@@ -190,7 +190,7 @@ def clean_leftovers(parent: Path, name: str = "*") -> None:
                 os.close(lock)
 
 
-def _locked_temporary(path: Path) -> tuple[Path, int]:
+def locked_temporary(path: Path) -> tuple[Path, int]:
     """A new folder next to ``path``, locked until its writer exits."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir()

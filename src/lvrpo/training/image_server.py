@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class SGLangDiffusionServer(EngineClient):
         """
         checksum = weights_checksum(weights)
         if is_main():
-            folder = Path(self._folder.name) / checksum[:16]
+            folder = self._folder.path / checksum[:16]
             if self.policy.adapter is None:
                 save_transformer(self.policy.transformer, folder, self.policy.compute_dtype)
                 self._update_weights(folder, target_modules=[TRAINED])

@@ -6,9 +6,7 @@ log-probs, which are compared with those of the trainer by the step-0 contract a
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +37,9 @@ from lvrpo.rewards.endpoint import (
 )
 from lvrpo.sampling import derive_seed
 from lvrpo.training.policies import weights_checksum
+from lvrpo.training.weights_folder import WeightsFolder
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
-SHARED_MEMORY = "/dev/shm"
 TRIES = 4
 FORBIDDEN = -100.0
 """Bias of the logits of tokens that an answer must not contain."""
@@ -94,16 +92,12 @@ class EngineClient:
         self._http, self._tenacity = http_packages()
         limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=0)
         self._client = self._http.Client(timeout=config.timeout_s, headers=HEADERS, limits=limits)
-        parent = config.weights_folder or (SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None)
-        if parent is not None:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="lvrpo_weights_", dir=parent)
-        os.chmod(self._folder.name, 0o755)  # the server may run as another user
+        self._folder = WeightsFolder(config.weights_folder, 0o755)  # the server may run as another user
 
     def close(self) -> None:
         """Closes the connections; the server goes on."""
         self._client.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def _update_weights(self, folder: Path, **options: Any) -> None:
         """SGLang's request to load the model of a folder; raises ContractError. Any: JSON values."""
@@ -179,7 +173,7 @@ class InferenceServer(EngineClient, ABC):
         checksum = weights_checksum(weights)
         before, self.adapter = self.adapter, f"lvrpo-{checksum[:16]}" if self.policy.adapter is not None else ""
         if is_main():
-            folder = Path(self._folder.name) / checksum[:16]
+            folder = self._folder.path / checksum[:16]
             self.policy.save(folder)
             if self.policy.adapter is None:
                 self._load_model(folder)

@@ -7,10 +7,8 @@ or a custom class. It receives weights and prompts and returns groups with its o
 from __future__ import annotations
 
 import io
-import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,8 +27,9 @@ from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allowed_code, resolve
 from lvrpo.training.image_server import SGLangDiffusionServer
-from lvrpo.training.inference_servers import SERVERS, SHARED_MEMORY, ServerEngineConfig
+from lvrpo.training.inference_servers import SERVERS, ServerEngineConfig
 from lvrpo.training.policies import policy_module, weights_checksum, weights_dtype
+from lvrpo.training.weights_folder import WeightsFolder
 from lvrpo.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -208,12 +207,11 @@ class ProcessEngine:
         self.device = str(device()) if on is None else on
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        memory = SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
-        self._folder = tempfile.TemporaryDirectory(prefix="lvrpo_weights_", dir=memory)
+        self._folder = WeightsFolder()
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> str:
         """See ``RolloutEngine.load_weights``; transfers a file in shared memory."""
-        file = Path(self._folder.name) / "weights.safetensors"
+        file = self._folder.path / "weights.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, str(file))
         try:
             return self._call("load", str(file))
@@ -234,7 +232,7 @@ class ProcessEngine:
             self._process.kill()
             self._process.wait()
         self._process = self._connection = None
-        self._folder.cleanup()
+        self._folder.close()
 
     def _call(self, what: str, *arguments: Any) -> Any:
         """Calls a method of the worker; its error is raised here. Any: depends on the method."""
