@@ -369,7 +369,8 @@ def test_a_run_resumed_while_its_old_tracker_still_sends_is_sent_once(monkeypatc
     old.start()
     while not Path("sent.txt").exists():
         time.sleep(0.01)
-    assert (stdin := old.processes[0].stdin) is not None
+    stdin = old.processes[0].stdin
+    assert stdin is not None
     stdin.close()  # as when the run is killed
     new.start()
     new.close()
