@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +73,43 @@ def test_three_rows_of_the_tutorial_train(root: Path, tutorial: str, small_base:
     small = [f"policy={small_base}", "rollout={num_steps: 3, group_size: 4}", "validation.every=1", "steps=2"]
     assert main(["train", "mine/mine.yaml", "--out", "runs/mine", *small]) in (0, 3)  # so small a run may roll back
     assert Path("runs/mine/report.html").exists()
+
+
+SRUN = f"""#!{sys.executable}
+import os, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    with open("saved", "w") as file:
+        file.write(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    sys.exit()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # srun reports the state of the tasks, and passes on other signals
+signal.signal(signal.SIGTERM, save)
+with open("begun", "w") as file:
+    file.write(" ".join(sys.argv))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_slurm_script_waits_for_the_checkpoint_of_a_run_that_is_stopped(
+    root: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    (script,) = blocks((root / "docs/guides/scaling.md").read_text(encoding="utf-8"), "bash")[:1]
+    Path("job.sh").write_text(script)
+    for name, code in {"srun": SRUN, "scontrol": "#!/bin/sh\necho first second\n"}.items():
+        Path("bin").mkdir(exist_ok=True)
+        Path("bin", name).write_text(code)
+        Path("bin", name).chmod(0o755)
+    Path("runs/full").mkdir(parents=True)  # of a start that was killed
+    if begun:
+        Path("runs/full/start").mkdir()
+        Path("runs/full/start/checkpoint.json").touch()
+    monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:/usr/bin:/bin")
+    job = subprocess.Popen(["bash", "job.sh"])
+    while not (Path("begun").exists() and Path("begun").read_text()):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    job.wait(60)
+    assert int(Path("saved").read_text()) < 300
+    assert Path("begun").read_text().endswith("--resume runs/full" if begun else "policy=bagel --out runs/full")
