@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lvrpo.data.scenes import VOCABULARY
 from lvrpo.errors import InputError
+from lvrpo.policies import tiny
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.patches import patchify, unpatchify
@@ -47,6 +48,16 @@ def test_words() -> None:
         words.encode("xyzzy")
     with pytest.raises(InputError):
         words.encode("[eos]")
+
+
+def test_a_tokenizer_does_not_remember_the_texts_of_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "MAX_ENCODED", 10)
+    words = TinyTokenizer.from_vocabulary(["red", "circle"])
+    first = words.encode("red circle")
+    for n in range(1, 50):
+        assert words.encode("red " * n) == first[:1] * n
+    assert len(words._encoded) <= 10
+    assert words.encode("red circle") == first
 
 
 @pytest.mark.parametrize(

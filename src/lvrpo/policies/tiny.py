@@ -34,6 +34,8 @@ SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
 
 IGNORED_PUNCTUATION = ".,;:!"
 """Punctuation that is dropped from texts."""
+MAX_ENCODED = 65536
+"""Maximum number of texts whose tokens a tokenizer remembers."""
 
 
 class TinyConfig(Config):
@@ -106,6 +108,8 @@ class TinyTokenizer:
                     near = get_close_matches(word.lower(), words, n=1)
                     hint = f"did you mean '{near[0]}'?" if near else "use the words of `lvrpo data vocabulary`"
                     raise InputError(f"{word!r} in {text!r}: not among the {len(words)} words of this model: {hint}")
+            if len(self._encoded) >= MAX_ENCODED:  # prompts are new ones in every step
+                self._encoded.clear()
             self._encoded[text] = ids
         return self._encoded[text]
 
