@@ -201,7 +201,7 @@ def test_the_process_ends_when_it_is_closed_or_its_trainer_is_gone(lively_base: 
             connection.close()
         assert process.wait(30) == 0
         engine.close()
-        assert not os.path.exists(engine._folder.name)
+        assert not os.path.exists(engine._folder.path)
     assert not Path("imported").exists()
 
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from lvrpo.training.checkpoint import clean_leftovers, locked_temporary
@@ -26,12 +27,13 @@ class WeightsFolder:
             fcntl.flock(guard, fcntl.LOCK_EX)  # no process removes a folder between its creation and its lock
             if parent is None:
                 clean_leftovers(place, NAME)
-            self.path, self._lock = locked_temporary(place / NAME)
+            self.path, lock = locked_temporary(place / NAME)
         finally:
             os.close(guard)
+        self._unlock = weakref.finalize(self, os.close, lock)
         self.path.chmod(mode)
 
     def close(self) -> None:
-        """Removes the folder."""
+        """Removes the folder; another call does nothing."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        self._unlock()
