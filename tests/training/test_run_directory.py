@@ -136,6 +136,16 @@ def test_what_is_more_than_a_killed_start_is_left_alone(path: Path, kept: str) -
     assert contents(path) == before
 
 
+@pytest.mark.parametrize("kept", [".env", ".git/HEAD", ".config"])
+def test_hidden_files_of_the_user_are_left_alone(path: Path, kept: str) -> None:
+    (path / kept).parent.mkdir(parents=True)
+    for name in (kept, ".lock"):
+        (path / name).write_text("mine")
+    before = contents(path)
+    assert f"is no run and holds {Path(kept).parts[0]}: choose another name" in refusal(RunDirectory.create, path, Root())
+    assert contents(path) == before
+
+
 @pytest.mark.parametrize("progress", ["metrics", "checkpoint", "summary"])
 def test_the_same_run_is_not_started_twice_once_it_got_somewhere(path: Path, progress: str) -> None:
     RunDirectory.create(path, Root()).close()

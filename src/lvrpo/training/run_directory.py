@@ -176,8 +176,9 @@ class RunDirectory:
         """Whether a process that started a run here was killed before the initial policy was complete."""
         if not path_exists(self.path / LOCK):
             return False
-        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
-        return names <= OF_A_START and not path_exists(self.path / START / SEAL)
+        names = {entry.name for entry in self.path.iterdir()} - {LOCK, *OF_A_START}
+        temporary = tuple(f".{name}." for name in OF_A_START)
+        return all(name.startswith(temporary) for name in names) and not path_exists(self.path / START / SEAL)
 
     def __enter__(self) -> Self:
         return self
