@@ -369,7 +369,7 @@ def test_weights_that_a_killed_process_left_in_memory_are_removed(
     code = (
         "import os, sys; from pathlib import Path; from lvrpo.training import weights_folder as w\n"
         "w.SHARED_MEMORY = Path(sys.argv[1])\n"
-        "(w.WeightsFolder().path / 'weights.safetensors').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+        "folder = w.WeightsFolder(); (folder.path / 'weights.safetensors').write_bytes(b'x'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
     assert len(list(tmp_path.rglob("weights.safetensors"))) == 1
@@ -378,4 +378,14 @@ def test_weights_that_a_killed_process_left_in_memory_are_removed(
     assert [folder.path.stat().st_mode & 0o777 for folder in (one, other)] == [0o700, 0o755]
     one.close()
     other.close()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_weights_of_an_engine_that_nobody_closed_are_removed_at_the_end(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lvrpo.training import weights_folder as w\n"
+        "w.SHARED_MEMORY = Path(sys.argv[1])\n"
+        "folder = w.WeightsFolder(); (folder.path / 'weights.safetensors').write_bytes(b'x')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert not [*tmp_path.iterdir()]

@@ -142,7 +142,8 @@ def test_hidden_files_of_the_user_are_left_alone(path: Path, kept: str) -> None:
     for name in (kept, ".lock"):
         (path / name).write_text("mine")
     before = contents(path)
-    assert f"is no run and holds {Path(kept).parts[0]}: choose another name" in refusal(RunDirectory.create, path, Root())
+    refused = refusal(RunDirectory.create, path, Root())
+    assert f"is no run and holds {Path(kept).parts[0]}: choose another name" in refused
     assert contents(path) == before
 
 

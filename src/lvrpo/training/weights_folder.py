@@ -30,10 +30,11 @@ class WeightsFolder:
             self.path, lock = locked_temporary(place / NAME)
         finally:
             os.close(guard)
-        self._unlock = weakref.finalize(self, os.close, lock)
+        self.close = weakref.finalize(self, _remove, self.path, lock)
+        """Removes the folder, at the latest when the process ends; another call does nothing."""
         self.path.chmod(mode)
 
-    def close(self) -> None:
-        """Removes the folder; another call does nothing."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._unlock()
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
