@@ -286,6 +286,9 @@ DATA: list[Case] = [
     ),
     (("generate", "small", "--prompts", "missing.txt", "--out", "new"), 2, "missing.txt: no such file"),
     (("generate", "small", "--prompts", "blank.txt", "--out", "new"), 2, "blank.txt: is empty"),
+    (("generate", "small", "--prompts", "marks.txt", "--out", "new"), 2, "marks.txt:3: the text is blank"),
+    (("generate", "small", "--prompts", "unknown.txt", "--out", "new"), 2, "unknown.txt:2: "),
+    (("ask", "small", "--questions", "marks.jsonl"), 2, "marks.jsonl:1: the text is blank"),
     (("generate", "small", "--prompts", "bytes.txt", "--out", "new"), 2, "not UTF-8"),
     (("generate", "small", "--prompts", "table.csv", "--out", "new"), 2, "table.csv: .csv is no list of prompts"),
     (

@@ -38,7 +38,7 @@ def generate(options: Options) -> None:
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
     if options.prompt is not None:
-        texts = options.prompt
+        texts = [("--prompt", text) for text in options.prompt]
     elif options.prompts.suffix == ".jsonl":
         texts = _generation_prompts(options.prompts)
     elif options.prompts.suffix in TABLES:
@@ -47,13 +47,19 @@ def generate(options: Options) -> None:
             f"{options.prompts}: {kind} is no list of prompts: give a text file, a prompt per line, or .jsonl"
         )
     else:
-        texts = [line for _, line in read_lines(options.prompts, "write one prompt per line")]
+        lines = read_lines(options.prompts, "write one prompt per line")
+        texts = [(f"{options.prompts}:{number}", line) for number, line in lines]
+    for where, text in texts:
+        require_texts(require_written, where, [text], None)
     numbers = range(len(texts) * options.count)
     refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
-    prompts = [_drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]
-    groups = sample(load(options, prompts[0].task), prompts, options, options.count)
+    prompts = [_drawing_prompt("generate", (text,), number, options) for number, (_, text) in enumerate(texts)]
+    policy = load(options, prompts[0].task)
+    for where, text in texts:
+        require_texts(partial(check_text, policy), where, [text], None)
+    groups = sample(policy, prompts, options, options.count)
     index = []
-    for group, text in zip(groups, texts, strict=True):
+    for group, (_, text) in zip(groups, texts, strict=True):
         for trajectory in group.trajectories:
             assert trajectory.image is not None
             file = f"{len(index):05d}.png"
@@ -66,8 +72,8 @@ def generate(options: Options) -> None:
     print(f"{len(index)} image{'s' * (len(index) > 1)} in {options.out}")
 
 
-def _generation_prompts(table: Path) -> list[str]:
-    """The texts of a file in the one format of rows."""
+def _generation_prompts(table: Path) -> list[tuple[str, str]]:
+    """(file:line, text) of a file in the one format of rows."""
     texts = []
     for where, found in read_rows(table):
         row = checked_row(found, "generate", where)
@@ -75,7 +81,7 @@ def _generation_prompts(table: Path) -> list[str]:
             raise InputError(f"{where}: task {row.task!r}: only rows of task 'generate' are drawn: leave it out")
         if row.images:
             raise InputError(f"{where}: field 'images': an image starts from its text alone: leave it out")
-        texts.append(row.prompt)
+        texts.append((where, row.prompt))
     return texts
 
 
@@ -133,6 +139,7 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
         parsed = checked_row(row, "understand", where)
         if parsed.kinds != ("text",) or not parsed.images:
             raise InputError(f"{where}: task '{parsed.task}': only questions about images are asked: leave it out")
+        require_texts(require_written, where, [parsed.prompt], None)
         paths = [image_path(table.parent, name, where, root=root) for name in parsed.images]
         images = [load_image(path) for path in paths]
         if side is not None:
@@ -174,13 +181,20 @@ def load(options: Options, task: TaskKind) -> Policy:
 def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prompt:
     """A prompt of the command line. Any: the literals of ``Prompt``."""
     for part in parts:
-        if isinstance(part, str) and any(unicodedata.category(character) == "Cs" for character in part):
-            raise InputError(f"the text {part!a} is not UTF-8: use a UTF-8 locale, such as LANG=C.UTF-8")
-        if isinstance(part, str) and all(unicodedata.category(character)[0] in "PZC" for character in part):
-            raise InputError("the text is blank: write what to draw, ask or change")
-        if isinstance(part, str) and len(part) > MOST_CHARACTERS:
-            raise InputError(f"the text has {len(part)} characters, more than {MOST_CHARACTERS}: shorten it")
+        if isinstance(part, str):
+            require_written(part)
     return Prompt(f"command line/{number}", task, parts, output)
+
+
+def require_written(text: str) -> None:
+    """Raises InputError for a text that is not UTF-8, blank or too long."""
+    categories = {unicodedata.category(character) for character in text}
+    if "Cs" in categories:
+        raise InputError(f"the text {text!a} is not UTF-8: use a UTF-8 locale, such as LANG=C.UTF-8")
+    if all(category[0] in "PZC" for category in categories):
+        raise InputError("the text is blank: write what to draw, ask or change")
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"the text has {len(text)} characters, more than {MOST_CHARACTERS}: shorten it")
 
 
 def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
