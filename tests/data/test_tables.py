@@ -452,3 +452,13 @@ def test_blank_lines_of_a_text_file_are_no_rows() -> None:
     Path("blank.txt").write_text("\n \n")
     with pytest.raises(InputError, match="no rows"):
         DatasetPrompts([DatasetConfig(train="blank.txt", preset="prompts")])
+
+
+def test_streaming_has_the_rows_of_a_text_file_that_reading_it_whole_has() -> None:
+    Path("set").mkdir()
+    Path("set/p.txt").write_text("\na red circle\n\n   \na blue square\na green star\n\n")
+    keys = {"path": "set", "train": "train[1:3]", "preset": "prompts"}
+    whole, streamed = (source(**keys, streaming=streaming) for streaming in (False, True))
+    assert [prompt.text for prompt in streamed.in_order()] == ["a blue square", "a green star"]
+    assert [where for where, *_ in streamed.rows()] == [where for where, *_ in whole.rows()]
+    assert streamed.fingerprint() == whole.fingerprint()

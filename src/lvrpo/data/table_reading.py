@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ BUILDERS = {
 ALLOWED = (*BUILDERS.values(), "imagefolder")
 """Builders that are used; others read formats that may hold code (pickles), or no images and texts."""
 _EXPRESSION = re.compile(r"([\w.\-]+)(?:\[(\d+%?)?:(\d+%?)?\])?")
+NUMBER = "lvrpo_row"
+"""A column of rows that were streamed: their numbers in the split."""
 TAR_END = bytes(512)
 """The last block of a tar archive that is whole."""
 
@@ -96,8 +99,8 @@ def open_table(
         if kind == "webdataset":
             _require_whole_archives(files)
         if config.streaming:
-            taken = range(int(begin or 0), int(end or 0))
-            return _streamed(arguments, name, taken, files), files, kind, taken
+            table = _streamed(arguments, name, range(int(begin or 0), int(end or 0)), files, kind)
+            return table.remove_columns(NUMBER), files, kind, table[NUMBER]
         try:
             table = library.load_dataset(**arguments, split=name)
         except Exception:  # of readers of many formats, which do not name the file
@@ -183,19 +186,22 @@ def _require_whole_archives(files: Sequence[str]) -> None:
                     raise InputError(f"{file}: the archive is cut off (it has no end mark): copy or write it again")
 
 
-def _streamed(arguments: Mapping[str, Any], split: str, taken: range, files: Sequence[str]) -> Table:
-    """The rows of a range, read from a stream into the cache of ``datasets``; read from there once they are there."""
+def _streamed(arguments: Mapping[str, Any], split: str, taken: range, files: Sequence[str], kind: str) -> Table:
+    """The rows of a range and their ``NUMBER``, read from a stream into the cache of ``datasets``; read from there once
+    they are there."""
     library = datasets_library()
     stream = _stream(library, **arguments, split=split)
     marks = [(file, os.path.getsize(file), os.path.getmtime(file)) for file in files if os.path.isfile(file)]
-    key = json.dumps([{**arguments}, split, taken.start, taken.stop, marks], sort_keys=True, default=str)
+    key = json.dumps([{**arguments}, split, taken.start, taken.stop, marks, NUMBER], sort_keys=True, default=str)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for record in stream.skip(taken.start).take(len(taken)):
-            yield {name: _fetched(value) for name, value in record.items()}
+        numbered = ((n, record) for n, record in enumerate(stream) if kind != "text" or record["text"].strip())
+        for number, record in islice(numbered, taken.start, taken.stop):
+            yield {**{name: _fetched(value) for name, value in record.items()}, NUMBER: number}
 
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return library.Dataset.from_generator(rows, features=stream.features, fingerprint=fingerprint)
+    features = library.Features({**stream.features, NUMBER: library.Value("int64")})
+    return library.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
 
 
 def _fetched(value: Any) -> Any:
