@@ -284,6 +284,19 @@ DATA: list[Case] = [
             ("--guidance", "2", "is for published benchmarks: add --benchmark NAME"),
         )
     ),
+    *(
+        (("evaluate", "small", "--n", "3", *given), 2, message)
+        for given, message in (
+            (("--benchmark", "understand", "--samples", "4"), "--samples 4: no prompt here is sampled more than once"),
+            (("--benchmark", "edit", "--samples", "4", "--sampled-prompts", "0"), "--samples 4: --sampled-prompts is"),
+            (("--benchmark", "understand", "--sampled-prompts", "4"), "--sampled-prompts 4: no prompt here is sampled"),
+            (("--benchmark", "generate_guided", "--judge", "tiny"), "--judge tiny: no prompt here is sampled more"),
+            (("--benchmark", "edit", "--sampled-prompts", "0", "--judge", "tiny"), "--judge tiny: no prompt here is"),
+            (("--benchmark", "edit", "--samples", "1", "--judge", "tiny"), "--judge tiny: no prompt here is sampled"),
+            (("--tune", "new.json", "--sampled-prompts", "4"), "--sampled-prompts: belongs to an evaluation"),
+            (("--lmms-eval", "pope", "--out", "new", "--sampled-prompts", "4"), "applies to lvrpo's own benchmarks"),
+        )
+    ),
     (("generate", "small", "--prompts", "missing.txt", "--out", "new"), 2, "missing.txt: no such file"),
     (("generate", "small", "--prompts", "blank.txt", "--out", "new"), 2, "blank.txt: is empty"),
     (("generate", "small", "--prompts", "marks.txt", "--out", "new"), 2, "marks.txt:3: the text is blank"),

@@ -96,6 +96,7 @@ OF_OWN_BENCHMARKS = (
     "tuned",
     "judge",
     "samples",
+    "sampled_prompts",
     "rewards",
     "root",
     "data",

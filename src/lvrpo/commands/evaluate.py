@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,9 @@ from lvrpo.evaluation import BENCHMARKS, suite, tuning
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.experiment import scene_benchmarks
 from lvrpo.evaluation.items import ItemStore
-from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, with_sampling
+from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions, sample_counts, with_sampling
 from lvrpo.evaluation.tuning import TunedSampling
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import START, load_policy, stored_image_size
 from lvrpo.report.formatting import share
 from lvrpo.report.tables import measure_tables, scores_table, summary_table
@@ -41,6 +42,7 @@ from lvrpo.training.components import task_scorer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.leakage import require_unseen_by
 from lvrpo.training.run_directory import CONFIG, RunDirectory, json_text
+from lvrpo.types import TaskKind
 
 
 def require_divisible(options: Options) -> None:
@@ -62,6 +64,30 @@ def refuse_unused(options: Options) -> None:
         refuse_given(options, ("data", "detector", "color_classifier", "thresholds", "vlm"), why)
         if not rows and options.lmms_eval is None:
             refuse_given(options, ("guidance",), why)
+
+
+def refuse_unsampled(options: Options, benchmarks: Sequence[Benchmark], settings: EvaluationOptions) -> None:
+    """Raises InputError for options of further samples where no prompt gets any; ``--judge`` also scores rewards."""
+
+    def resampled(settings: EvaluationOptions) -> bool:
+        greedy = replace(suite.SAMPLING, temperature=0.0)  # as the own defaults of models are
+        for benchmark in benchmarks:
+            prompts = benchmark.prompts(options.n or benchmark.n)
+            sampling: dict[TaskKind, Sampling] = {
+                prompt.task: benchmark.sampling(greedy, prompt.task, settings.tuned) for prompt in prompts
+            }
+            if any(count > benchmark.samples for count in sample_counts(benchmark, prompts, sampling, settings)):
+                return True
+        return False
+
+    if options.samples is not None and not resampled(replace(settings, num_samples=sys.maxsize)):
+        none = "--sampled-prompts is 0" if settings.sampled_prompts == 0 else "no prompt here is sampled more than once"
+        raise InputError(f"--samples {options.samples}: {none}: leave it out")
+    asked = [f"--sampled-prompts {options.sampled_prompts}"] if options.sampled_prompts else []
+    if options.judge is not None and not any(b.reward and getattr(b.reward, "sides", suite.SIDES) for b in benchmarks):
+        asked.append(f"--judge {options.judge}")
+    if asked and not resampled(settings):
+        raise InputError(f"{asked[0]}: no prompt here is sampled more than once: leave it out")
 
 
 def evaluate(options: Options) -> None:
@@ -102,6 +128,9 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
     found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
     benchmarks = suite.with_guidance_scales(sampled_as_run(options, found), options.guidance or (), options.num_steps)
     tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
+    many = EvaluationOptions.sampled_prompts if options.sampled_prompts is None else options.sampled_prompts
+    settings = EvaluationOptions(many, options.samples, tuned=tuned, scorer=scorer)
+    refuse_unsampled(options, benchmarks, settings)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
@@ -116,7 +145,7 @@ def measured(options: Options, console: Console) -> tuple[dict[str, Any], Evalua
     reward_judge = (
         load_policy(judged_by, options.device).make_reference() if rewarded and judged_by is not None else None
     )
-    settings = suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge)
+    settings = replace(settings, judge=judge, reward_judge=reward_judge)
     before = None if against is None else evaluated(options, against, benchmarks, settings, console, "before")
     result = evaluated(options, policy, benchmarks, settings, console, "" if against is None else "after")
     head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.against or options.model}
@@ -262,7 +291,7 @@ def run_config(run: Path) -> TrainConfig | None:
 
 def tune(options: Options) -> None:
     """Chooses guidance and temperature on validation prompts, prints the grid, writes the choice."""
-    of_evaluations = ("json", "tuned", "judge", "samples", "rewards", "out", "against")
+    of_evaluations = ("json", "tuned", "judge", "samples", "sampled_prompts", "rewards", "out", "against")
     refuse_given(options, of_evaluations, "belongs to an evaluation: leave it out, or --tune")
     if held_out_scorer(options)[0].rule:
         raise InputError("--tune: counts right answers and facts, and MODEL has its own success: leave --tune out")

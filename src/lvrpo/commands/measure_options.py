@@ -165,7 +165,6 @@ def evaluate_options(parser: Parser) -> None:
     sampling.add_argument(
         "--sampled-prompts",
         type=whole,
-        default=280,
         metavar="N",
         help="prompts that get --samples samples (default: 280)",
     )

@@ -307,7 +307,7 @@ def _benchmark_items(
     tasks: tuple[TaskKind, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
     settings: dict[TaskKind, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
-    counts = _sample_counts(benchmark, prompts, settings, options)
+    counts = sample_counts(benchmark, prompts, settings, options)
     store, own = options.store, identity(policy, benchmark, seed, settings, options)
     folder = None if store is None else _open_folder(store, benchmark.name, own)
     divided = folder is not None and world_size() > 1
@@ -456,7 +456,7 @@ def _benchmark_record(
     )
 
 
-def _sample_counts(
+def sample_counts(
     benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[TaskKind, Sampling], options: EvaluationOptions
 ) -> list[int]:
     """Samples per prompt: more for the first ``options.sampled_prompts`` whose sampling is random."""
