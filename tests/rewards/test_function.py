@@ -144,6 +144,9 @@ def test_tokens_of_the_last_text_are_completion_ids() -> None:
         (lambda texts: [1.0], "the function gave 1 scores for 2 outputs"),
         (lambda texts: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda texts: 1.0, "TypeError: 'float' object is not iterable"),
+        (lambda texts: {"1": 1.0, "2": 0.5}, "the function gave a dict: return a list with a number for each output"),
+        (lambda texts: {1.0, 0.5}, "the function gave a set: return a list with a number for each output"),
+        (lambda texts: "12", "the function gave a str: return a list with a number for each output"),
         (lambda texts, prompts: ([1.0, 2.0], {}, {}), "the function gave 3 scores for 2 outputs"),
     ],
 )

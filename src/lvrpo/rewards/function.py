@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, overload
 
 from lvrpo.errors import InputError, LvrpoError, describe_error
@@ -233,7 +233,11 @@ class BatchFunctionReward(FunctionReward):
         own = {name: [BATCH_PARAMETERS[name](trajectory) for trajectory in trajectories] for name in self.handed}
         own |= {name: [trajectory.prompt.metadata[name] for trajectory in trajectories] for name in self.columns}
         try:
-            found = list(self.function(**own, **self.options))
+            given = self.function(**own, **self.options)
+            if isinstance(given, Mapping | Set | str):  # they have another order, or keys in place of scores
+                why = f"the function gave a {type(given).__name__}: return a list with a number for each output"
+                return [why] * len(trajectories)
+            found = list(given)
             if len(found) != len(trajectories):
                 return [f"the function gave {len(found)} scores for {len(trajectories)} outputs"] * len(trajectories)
             return ["the function gave no score" if one is None else float(one) for one in found]
