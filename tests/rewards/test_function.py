@@ -159,3 +159,9 @@ def test_a_failed_batch_masks_all_its_outputs(function: Callable[..., Any], reas
 def test_a_wrong_option_of_a_function_of_lists_is_named() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'taget'"):
         reward(lambda images, target=0.5: [0.0 for _ in images])(taget=1)
+
+
+def test_scores_beyond_float32_are_infinite_and_do_not_stop_the_run() -> None:
+    groups = [offline_group(ASK, [["a"], ["b"]])]
+    for function in (lambda texts: [1e40, 0.5], lambda text: 1e40 if text == "a" else 0.5):
+        assert reward(function)().score(groups, None).values.tolist() == [[math.inf, 0.5]]  # type: ignore[arg-type]

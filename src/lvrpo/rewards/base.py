@@ -49,7 +49,7 @@ class Scores:
         """The scores ``found``; all others are missing."""
         values = torch.full((len(groups), len(groups[0])), math.nan)
         for cell, value in found.items():
-            values[cell] = value
+            values[cell] = torch.as_tensor(value, dtype=torch.float32)  # beyond its range inf, which is masked
         return cls(values, failures)
 
 
