@@ -174,8 +174,8 @@ def _split_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | No
 
 def _build_reward(entry: Any, options: Mapping[str, Any]) -> tuple[str, Reward]:
     """The name of a function or reward, and the reward. Any: an object of the caller."""
-    title = getattr(entry, "__name__", type(entry).__name__)
     reward = as_reward(entry)
+    title = getattr(reward, "__name__", type(entry).__name__)
     if isinstance(reward, type) or hasattr(reward, "makes"):
         try:
             reward = reward(**options)

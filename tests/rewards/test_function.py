@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -16,7 +17,7 @@ from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.config import RewardConfig
-from lvrpo.rewards.function import reward
+from lvrpo.rewards.function import as_reward, reward
 from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
@@ -165,3 +166,29 @@ def test_scores_beyond_float32_are_infinite_and_do_not_stop_the_run() -> None:
     groups = [offline_group(ASK, [["a"], ["b"]])]
     for function in (lambda texts: [1e40, 0.5], lambda text: 1e40 if text == "a" else 0.5):
         assert reward(function)().score(groups, None).values.tolist() == [[math.inf, 0.5]]  # type: ignore[arg-type]
+
+
+class Scorer:
+    """A scorer with a model of its own, as users write them."""
+
+    def long(self, texts: list[str], least: int = 1) -> list[float]:
+        return [float(len(text) > least) for text in texts]
+
+    def __call__(self, text: str) -> float:
+        return float(len(text))
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "scores"),
+    [
+        (Scorer().long, "long", [0, 1]),
+        (Scorer(), "Scorer", [1, 2]),
+        (functools.partial(Scorer().long, least=2), "long", [0, 0]),
+    ],
+)
+def test_methods_partials_and_callable_objects_are_reward_functions(
+    function: Callable[..., Any], name: str, scores: list[float]
+) -> None:
+    built = as_reward(function)
+    assert built.__name__ == name
+    assert built().score([offline_group(ASK, [["a"], ["bb"]])], None).values.tolist() == [scores]

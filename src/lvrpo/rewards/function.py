@@ -117,7 +117,7 @@ def reward(
             kind = BatchFunctionReward if is_batch else FunctionReward
             return kind(function, options, judges, tuple(tasks), needs, waits, columns)
 
-        build.__doc__, build.__name__ = function.__doc__, function.__name__
+        build.__doc__, build.__name__ = function.__doc__, _name(function)
         vars(build)["makes"] = FunctionReward  # by which the registry knows that this function builds a reward
         return build
 
@@ -134,10 +134,10 @@ def _parameter_names(function: Function) -> tuple[str, ...]:
     is_batch = any(name in BATCH for name in required)
     found = tuple(name for name in parameters if name in (BATCH_PARAMETERS if is_batch else PARAMETERS))
     if inspect.iscoroutinefunction(function):
-        raise InputError(f"reward {function.__name__!r}: is async, and nothing would wait for it: write it without")
+        raise InputError(f"reward {_name(function)!r}: is async, and nothing would wait for it: write it without")
     if not parameters:
         raise InputError(
-            f"reward {function.__name__!r}: takes nothing: write def {function.__name__}(image), or another of "
+            f"reward {_name(function)!r}: takes nothing: write def {_name(function)}(image), or another of "
             f"{', '.join(PARAMETERS)}"
         )
     return found or ("trajectory",)
@@ -154,8 +154,18 @@ def _columns(function: Function, others: set[str]) -> tuple[str, ...]:
 
 
 def as_reward(found: Any) -> Any:
-    """A plain function as the builder of a reward; any other object as it is. Any: an object of the user."""
-    return reward(found) if inspect.isfunction(found) and "makes" not in vars(found) else found
+    """What can be called as the builder of a reward, unless it is a class, a reward or such a builder: these as they are.
+
+    Any: an object of the user.
+    """
+    is_made = isinstance(found, type) or any(hasattr(found, name) for name in ("applies", "score", "makes"))
+    return reward(found) if callable(found) and not is_made else found
+
+
+def _name(function: Function) -> str:
+    """The name of a function, of that within a ``functools.partial``, or of the class of another object."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__name__", type(function).__name__)
 
 
 class FunctionReward:
