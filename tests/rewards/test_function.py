@@ -192,3 +192,23 @@ def test_methods_partials_and_callable_objects_are_reward_functions(
     built = as_reward(function)
     assert built.__name__ == name
     assert built().score([offline_group(ASK, [["a"], ["bb"]])], None).values.tolist() == [scores]
+
+
+def by_place(solution: list[str], /, texts: list[str]) -> list[float]:
+    return [0.0] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda texts, /: [0.0], "'<lambda>': 'texts' is given by its name: take the / after it out"),
+        (lambda image, /, target=0.5: 0.0, "'image' is given by its name: take the / after it out"),
+        (by_place, "'by_place': 'solution' is given by its name: take the / after it out"),
+        (max, "'max': its parameters are not known: write a def that calls it"),
+        (lambda **kwargs: 0.0, "takes nothing: write def"),
+    ],
+)
+def test_parameters_that_cannot_be_given_by_name_are_refused(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        reward(function)
+    assert reward(lambda trajectory_of_mine, /: 1.0)().score([offline_group(ASK, [["a"]])], None).values[0, 0] == 1  # type: ignore[arg-type]

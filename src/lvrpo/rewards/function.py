@@ -127,19 +127,26 @@ def reward(
 def _parameter_names(function: Function) -> tuple[str, ...]:
     """Parameters of a function that are filled in; ("trajectory",) if its first parameter has another name.
 
-    Raises InputError for a function that takes nothing, and for a coroutine.
+    Raises InputError for a function that takes nothing, or takes one of these by its place alone, and for a coroutine.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # of functions written in C
+        name = _name(function)
+        raise InputError(f"reward {name!r}: its parameters are not known: write a def that calls it") from None
     required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
     is_batch = any(name in BATCH for name in required)
     found = tuple(name for name in parameters if name in (BATCH_PARAMETERS if is_batch else PARAMETERS))
     if inspect.iscoroutinefunction(function):
         raise InputError(f"reward {_name(function)!r}: is async, and nothing would wait for it: write it without")
-    if not parameters:
+    if all(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise InputError(
             f"reward {_name(function)!r}: takes nothing: write def {_name(function)}(image), or another of "
             f"{', '.join(PARAMETERS)}"
         )
+    for name in (*found, *(required if is_batch else ())):
+        if parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise InputError(f"reward {_name(function)!r}: {name!r} is given by its name: take the / after it out")
     return found or ("trajectory",)
 
 
@@ -154,10 +161,8 @@ def _columns(function: Function, others: set[str]) -> tuple[str, ...]:
 
 
 def as_reward(found: Any) -> Any:
-    """What can be called as the builder of a reward, unless it is a class, a reward or such a builder: these as they are.
-
-    Any: an object of the user.
-    """
+    """A function, or another object that can be called, as the builder of a reward; classes, rewards and such builders
+    as they are. Any: an object of the user."""
     is_made = isinstance(found, type) or any(hasattr(found, name) for name in ("applies", "score", "makes"))
     return reward(found) if callable(found) and not is_made else found
 
