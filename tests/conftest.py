@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONUNBUFFERED", None)  # commands are tested as they run without it: their output is buffered
 
 import jaxtyping
 import numpy as np

@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     command.check(options)
                 with joined_process_group(options):
                     command.load()(options)
-                sys.stdout.flush()
+            sys.stdout.flush()
             return DONE
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a closed pipe, as of head, is no error
+    except BrokenPipeError:  # a closed pipe, as of head, is no error
+        _discard_unwritable_output()
         return DONE
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # a module of the user may call sys.exit
         if "--debug" in argv:
@@ -74,7 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, line = explain(error)
         if should_report(error):
             print(printable(line), file=sys.stderr)
+        _discard_unwritable_output()
         return code
+
+
+def _discard_unwritable_output() -> None:
+    """Keeps the interpreter from writing again, at its end, what could not be written: it would exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -186,7 +186,7 @@ MODELS_AND_RUNS: list[Case] = [
     (("train", "--resume", "nowhere"), 2, "is not a run directory"),
     (("train", "--resume", "finished"), 2, "has finished"),
     (("train", "--resume", "damaged"), 2, "state.safetensors: has 1000 of"),
-    (("train", "--resume", "startless"), 2, "startless/start"),
+    (("train", "--resume", "startless"), 2, "startless: was stopped before its start was complete: repeat the command"),
     ((*SMALL_TRAIN, "seed=9", "--resume", "unfinished"), 2, "only steps may grow: leave them as they were"),
     (("train", "--resume", "unfinished", "--out", "new"), 2, "a resumed run stays where it is"),
     (("quickstart", "--resume", "finished", "--seed", "1"), 2, "--seed: a resumed run keeps its own"),

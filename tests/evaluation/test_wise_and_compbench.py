@@ -192,7 +192,7 @@ def test_a_perfect_and_a_blank_model_before_an_endpoint(
     for best, score in ((True, 1.0), (False, 0.0)):
 
         def said(self: Any, words: str, best: bool = best) -> str:
-            if "Rate the image" in words:
+            if "Rate the picture" in words:
                 top = "1" if "<0 or 1>" in words else "2"
                 form = words[words.rindex("nothing else:") + 13 :]
                 return form.replace("<0, 1 or 2>", top if best else "0").replace("<0 or 1>", top if best else "0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -290,6 +291,8 @@ def main(run: Path, kind: str) -> int:
     log = os.open(folder / f"{kind}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)  # libraries print as they like
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the process ends without a flush
     lock = os.open(folder / f"{kind}.log", os.O_RDONLY)  # of this process alone: those that libraries start inherit log
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of a killed run, which sends the rest
     ended, warned = False, False
