@@ -18,6 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.images import load_image
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.function import reward
+from lvrpo.types import Prompt
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
 EDIT = {"task": "edit", "prompt": "make it blue", "images": ["a.png"]}
@@ -262,3 +263,18 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     exif = PilImage.Exif()
     exif[0x0112] = 6
     assert saved(tmp_path, PilImage.new("RGB", (6, 2)), "x.jpg", exif=exif).shape == (3, 6, 2)
+
+
+def test_the_longest_row_of_each_size_of_images_is_checked(folder: Path) -> None:
+    texts = [{**DRAW, "prompt": text} for text in ("a", "the longest of all texts")]
+    images = ("a.png", "sub/b.png")
+    asks = [{**ASK, "prompt": text, "images": [image]} for text in ("b ?", "who ?", "c ?") for image in images]
+    rows, checked = source(write(folder, *texts, *asks, EDIT)), []
+    rows.require_possible(lambda prompt: checked.append(prompt.id), {"generate", "understand"})
+    assert checked == ["rows:1", "rows:2", "rows:5", "rows:6"]
+
+    def refuse(prompt: Prompt) -> None:
+        raise InputError(f"prompt {prompt.id!r}: 9 tokens")
+
+    with pytest.raises(InputError, match=r"rows\.jsonl:9: prompt 'rows:9': 9 tokens"):
+        rows.require_possible(refuse, {"edit"})

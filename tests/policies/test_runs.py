@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from families import FAMILIES, Family
 from safetensors.torch import load_file
 from small_vlm import without_videos
@@ -242,15 +243,23 @@ def test_what_a_run_cannot_do_is_one_line(name: str, family: Family, folder: Pat
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("name", ["janus", "showo", "showo2"])
-def test_a_row_that_is_too_long_is_found_before_the_run(name: str, family: Family, folder: Path) -> None:
-    rows = [{"task": "generate", "prompt": "red " * n} for n in (1, 1, 5000)]
+@pytest.mark.filterwarnings("ignore:.*middle square is resized")
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [*((name, task) for name in ("janus", "showo", "showo2") for task in ("generate", "understand"))]
+    + [("qwen3_vl", "understand")],
+)
+def test_a_row_that_is_too_long_is_found_before_the_run(name: str, family: Family, folder: Path, task: str) -> None:
+    Image.new("RGB", (32, 32), "red").save("red.png")
+    given = {"images": ["red.png"], "answer": "red"} if task == "understand" else {}
+    rows = [{"task": task, "prompt": "red " * n, "id": f"row {i}", **given} for i, n in enumerate((1, 1, 5000, 1))]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("held.jsonl").write_text(json.dumps({"task": "generate", "prompt": "blue"}))
+    Path("held.jsonl").write_text(json.dumps({"task": task, "prompt": "blue", **given}))
     files = "jsonl: {train: rows.jsonl, validation: held.jsonl}"
-    data = f"data={{source: jsonl, {files}, prompts_per_step: {{generate: 1, understand: 0, reason: 0}}}}"
-    config = config_of(family, folder, data, "rewards=[{name: 'spread:Spread'}]")
-    with pytest.raises(InputError, match=r"^prompt 'rows:3': .* tokens.*, the limit is \d+: shorten it"):
+    counts = {"generate": 0, "understand": 0, "reason": 0, task: 1}
+    data = f"data={{source: jsonl, {files}, prompts_per_step: {json.dumps(counts)}}}"
+    config = config_of(family, folder, data, "rewards=[{name: 'spread:Spread'}, {name: exact_answer}]")
+    with pytest.raises(InputError, match=r"^rows.jsonl:3: prompt 'row 2': .* tokens.*, the limit is \d+: shorten it"):
         Trainer.start(config, Path("run"))
     assert not Path("run").exists()
 

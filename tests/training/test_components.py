@@ -149,6 +149,20 @@ def test_an_unknown_word_is_found_before_the_start(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("images", [{}, {"task": "edit", "images": ["red.png"]}], ids=["text", "image"])
+def test_a_row_that_is_too_long_is_found_before_the_start(
+    images: dict[str, Any], small_base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows()
+    Image.new("RGB", (32, 32), "red").save("red.png")
+    write("t.jsonl", DRAW, *({**DRAW, **images, "prompt": "red " * n} for n in (1, 5000, 2)))
+    Path("c.yaml").write_text("name: own\n")
+    task = f"data.prompts_per_step={json.dumps({'generate': 1, images.get('task', 'generate'): 1})}"
+    assert main(["train", "c.yaml", *settings(small_base, task), "--allow-code"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: t.jsonl:3: prompt 't:3': 50")
+    assert not Path("runs").exists()
+
+
 def test_a_start_that_failed_leaves_nothing(small_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows()
     Path("c.yaml").write_text("name: own\n")

@@ -7,7 +7,8 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -262,6 +263,15 @@ def _region(find: Callable[[str], ImageFile], row: Row, images: tuple[ImageFile,
     return None
 
 
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Begins an InputError with ``where``, unless it does."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+
+
 def require_texts(check: Callable[[str], None], where: str, texts: Sequence[str], judged: Row | Prompt | None) -> None:
     """Raises InputError, which begins with ``where``, where ``check`` refuses one of ``texts``.
 
@@ -270,10 +280,8 @@ def require_texts(check: Callable[[str], None], where: str, texts: Sequence[str]
     answers = [] if judged is None or not judged.answer else [judged.answer]
     facts = [] if judged is None else [text for fact in judged.facts for text in (fact.question, fact.answer)]
     for text in (*texts, *answers, *facts):
-        try:
+        with errors_at(where):
             check(text)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
 
 
 CACHED_IMAGES = 1024
@@ -399,9 +407,22 @@ class RowPrompts(Task):
         """The first rows of a task in order, with their targets where they have some."""
         return [self._example(self._lines[number]) for number in self._by_task[task][:n]]
 
-    def of_text_alone(self) -> Iterator[Prompt]:
-        """The rows without images, in order."""
-        return (self._prompt(line) for line in self._all() if not line.images)
+    def require_possible(self, check: Callable[[Prompt], None], tasks: Collection[str]) -> None:
+        """Raises InputError, with file and line, where ``check`` refuses a row of these tasks.
+
+        Of rows whose images have the same sizes, which a model reads as equally many tokens, the one with the longest
+        text is checked alone, so that not every image is decoded.
+        """
+        longest: dict[object, Line] = {}
+        for line in self._all():
+            row, fits = line.row, self.side is not None  # all images are then of this size
+            sizes = tuple(None if fits else upright_size(file) for file in line.images)
+            key = (row.task, row.kinds, sizes) if sizes else line.id
+            if row.task in tasks and (key not in longest or len(row.prompt) > len(longest[key].row.prompt)):
+                longest[key] = line
+        for line in longest.values():
+            with errors_at(line.where):
+                check(self._prompt(line))
 
     def require_readable(self, check: Callable[[str], None], everything: bool = False) -> None:
         """Raises InputError, with file and line, where ``check`` refuses a text that the model reads.
@@ -439,19 +460,15 @@ class RowPrompts(Task):
         return image if self.side is None else middle_square(image, self.side)
 
     def _image(self, file: ImageFile, line: Line) -> Image:
-        try:
+        with errors_at(line.where):
             return self._load(file)
-        except InputError as error:
-            raise InputError(f"{line.where}: {error}") from None
 
     def _edited(self, line: Line) -> torch.Tensor | None:
         """bool (height, width) of the source, where the row says what may change."""
         boxes = line.row.edited
         if line.mask is not None:
-            try:
+            with errors_at(line.where):
                 mask = self._load_mask(line.mask)
-            except InputError as error:
-                raise InputError(f"{line.where}: {error}") from None
             if not mask.any():
                 raise InputError(f"{line.where}: mask {line.mask.name} is black: make white what the edit may change")
         elif boxes is None or isinstance(boxes, str):

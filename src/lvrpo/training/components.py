@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,16 +80,12 @@ class Components:
                 rows.require_readable(partial(check_text, policy), everything=uses_judge)
 
     def require_possible(self, policy: Policy, config: TrainConfig) -> None:
-        """Raises InputError for a row of text alone that the policy would refuse to sample, as it is too long.
-
-        Rows with images are checked when they are sampled, so that a start need not decode all images.
-        """
+        """Raises InputError for a row that the policy would refuse to sample, such as one that is too long."""
         check, sampling = getattr(policy, "check_prompt", None), config.sampling(0)  # the method is optional
+        trained = {task for task, count in config.data.prompts_per_step.items() if count}
         for rows in (self.source, self.validation, self.test):
             if check is not None and isinstance(rows, RowPrompts | PromptList):
-                for prompt in rows.of_text_alone():
-                    if config.data.prompts_per_step.get(prompt.task):
-                        check(prompt, sampling)
+                rows.require_possible(lambda prompt: check(prompt, sampling), trained)
 
     def test_prompts(self) -> list[Prompt]:
         """All test rows of a file or list; the first ``TEST_PROMPTS_PER_TASK`` per task of another source."""
@@ -375,9 +371,11 @@ class PromptList(Task):
         """The list."""
         return list(self._prompts)
 
-    def of_text_alone(self) -> Iterator[Prompt]:
-        """See ``RowPrompts.of_text_alone``."""
-        return (prompt for prompt in self._prompts if not prompt.images)
+    def require_possible(self, check: Callable[[Prompt], None], tasks: Collection[str]) -> None:
+        """See ``RowPrompts.require_possible``; all prompts are checked, and the errors are those of ``check``."""
+        for prompt in self._prompts:
+            if prompt.task in tasks:
+                check(prompt)
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
         """See ``RowPrompts.require_readable``; errors name the id instead of file and line."""

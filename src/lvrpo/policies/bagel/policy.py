@@ -109,12 +109,9 @@ class BagelPolicy(MoTPolicy):
         )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """See ``Policy.sample``; raises InputError for a question or an edit without an image, or a prompt too long."""
+        """See ``Policy.sample``; raises InputError for a prompt that ``check_prompt`` refuses."""
         for prompt in prompts:
-            images = any(isinstance(part, torch.Tensor) for part in prompt.parts)
-            if prompt.task in ("understand", "edit") and not images:
-                raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs an image: give one")
-            self._check_room(prompt, sampling)
+            self.check_prompt(prompt, sampling)
         return super().sample(prompts, sampling, seeds)
 
     def _row(self, prompt: Prompt) -> Row:
@@ -125,8 +122,13 @@ class BagelPolicy(MoTPolicy):
         self.check_length(f"prompt {prompt.id!r}", row, 1)
         return row
 
-    def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Raises InputError where a prompt and all that it may become are too long: text with its markers, image."""
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises InputError for a question or an edit without an image, and for a prompt that is too long.
+
+        Counted is all that it may become: text with its markers, image.
+        """
+        if prompt.task in ("understand", "edit") and not prompt.images:
+            raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs an image: give one")
         row, new, remedy = self._row(prompt), 0, ""
         if "image" in prompt.output:
             new = self.runner.noise(self._grid(prompt, sampling)).span.length

@@ -104,12 +104,13 @@ class DiffusersPolicy(LatentFlowPolicy[Row]):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """See ``Policy.sample``; raises InputError for a prompt with an image or for a text output."""
         for prompt in prompts:
-            self._check(prompt)
+            self.check_prompt(prompt, sampling)
         self.check_sampling(sampling)
         drawn = iter(self.draw(with_seeds(prompts, seeds), sampling))
         return [Group(prompt, tuple(islice(drawn, sampling.group_size))) for prompt in prompts]
 
-    def _check(self, prompt: Prompt) -> None:
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """See ``PolicyDefaults.check_prompt``."""
         named = f"prompt {prompt.id!r}"
         if prompt.output != ("image",):
             raise InputError(f"{named}: this model draws and writes nothing: ask for an image alone")

@@ -122,6 +122,10 @@ class MoTPolicy(AdaptablePolicy):
         """Raises InputError where the tokenizer cannot encode a text."""
         self.tokenizer.encode(text)
 
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """See ``PolicyDefaults.check_prompt``."""
+        self._row(prompt)
+
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises InputError for a size that it cannot draw."""
         self.encoders.default_grid(sampling.image_size)
