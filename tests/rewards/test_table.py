@@ -17,6 +17,7 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards import OLD_NAMES, REWARDS
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig, WeightSchedule
+from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups, score_groups_unchecked
 from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.types import Group, Prompt
@@ -374,3 +375,18 @@ def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> 
     assert asked == [built.judge, nobody]
     with pytest.raises(InputError, match="no such folder"):
         build_rewards([RewardConfig(name="self_vqa", judge="tinny")])
+
+
+def test_the_judge_of_a_reward_that_asks_none_is_refused_and_that_of_one_from_python_is_asked() -> None:
+    for name in ("exact_answer", "numeric"):
+        with pytest.raises(
+            InputError, match=rf"^rewards\.{name}\.judge=tiny: this reward asks no judge: leave it"
+        ):
+            build_rewards([RewardConfig(name=name, judge="tiny")])
+    row = RewardConfig(name="mine", judge="tiny")
+    (found,) = build_rewards([row], {"mine": Fixed()})
+    assert found.judge is not None
+    assert found.sides == ()
+    rule = as_reward(lambda image: 1.0)()
+    with pytest.raises(InputError, match=r"^rewards\.mine\.judge=tiny: this reward asks no judge"):
+        build_rewards([row], {"mine": rule})

@@ -264,10 +264,14 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
         )
 
 
-def configured_reward(config: RewardConfig, device: str = "cpu") -> ConfiguredReward:
-    """A row whose reward is made in this process; ``device``: of a judge of its own."""
-    judge = None if config.judge is None else load_policy(config.judge, device).make_reference()
-    return ConfiguredReward(config, make_reward(config), judge)
+def configured_reward(config: RewardConfig, device: str = "cpu", given: Reward | None = None) -> ConfiguredReward:
+    """A row whose reward is made in this process, or ``given``; ``device``: of a judge of its own."""
+    reward = make_reward(config) if given is None else given
+    if config.judge is None:
+        return ConfiguredReward(config, reward)
+    if not getattr(reward, "sides", SIDES):  # optional in a class of the user
+        raise InputError(f"rewards.{config.title}.judge={config.judge}: this reward asks no judge: leave it out")
+    return ConfiguredReward(config, reward, load_policy(config.judge, device).make_reference())
 
 
 def make_reward(config: RewardConfig, section: str = "") -> Reward:

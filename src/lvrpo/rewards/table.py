@@ -41,7 +41,7 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
                     f"rewards.{config.title}.where: was handed over in Python and is in this process: name a file, "
                     "./my_rewards.py:NAME, or leave where out"
                 )
-            sources.append(ConfiguredReward(config, given[config.title]))
+            sources.append(configured_reward(config, given=given[config.title]))
             continue
         if config.name.startswith(f"{IN_PYTHON}:"):
             raise InputError(
