@@ -131,7 +131,11 @@ def test_a_reward_declares_the_sides_of_the_judge_that_it_asks(name: str) -> Non
     judge, declared = Strict(), set(source(name).sides)
     scored(name, judge, *(torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)))
     assert judge.asked == declared
-    assert source(name, judge="tiny").sides == ()
+    if declared:
+        assert source(name, judge="tiny").sides == ()
+    else:
+        with pytest.raises(InputError, match="asks no judge"):
+            source(name, judge="tiny")
 
 
 def test_the_verifier_does_not_read_half_a_cell() -> None:
