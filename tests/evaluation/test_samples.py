@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from lvrpo.errors import InputError
+from lvrpo.evaluation.items import form_of
 from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.scoring import judge_scores, read_back
-from lvrpo.evaluation.suite import SAMPLING, Benchmark, EvaluationOptions, evaluate, find_benchmarks, form_of
+from lvrpo.evaluation.suite import SAMPLING, Benchmark, EvaluationOptions, evaluate, find_benchmarks
 from lvrpo.evaluation.tuning import GUIDANCE_SCALES, TEMPERATURES, TunedSampling, as_validation, content_key, tune
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from lvrpo.data import rows
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, suite
+from lvrpo.evaluation.items import cluster_of
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.samples import PER_CATEGORY, first_per_category, write_evaluation
 from lvrpo.evaluation.scenes import held_out_prompts
-from lvrpo.evaluation.suite import Benchmark, Evaluation, cluster_of, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import Benchmark, Evaluation, evaluate, find_benchmarks
+from lvrpo.images import load_image, png
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.records import BenchmarkRecord, EvaluationRecord, from_json
@@ -121,6 +124,42 @@ def test_an_evaluation_is_repeatable_and_does_not_depend_on_its_size(policy: Pol
     two = evaluate(policy, benchmarks, sizes={"understand": 40, "generate": 14})
     for name in ("understand", "generate"):
         assert one.scored[name].scores == two.scored[name].scores[: len(one.scored[name].ids)]
+
+
+def test_images_of_rows_are_read_batch_by_batch(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all rows may not fit into memory. Their records are the same as those of a list in memory."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most: list[int] = []
+
+    def load(file: Path) -> torch.Tensor:
+        alive.add(image := load_image(file))
+        return image
+
+    def sample(*given: Any) -> Any:
+        gc.collect()
+        most.append(len(alive))
+        return whole(*given)
+
+    monkeypatch.setattr(rows, "CACHED_IMAGES", 2)
+    monkeypatch.setattr(rows, "load_image", load)
+    monkeypatch.setattr(suite, "CHUNK", 4)
+    lines = []
+    for i, prompt in enumerate(held_out_prompts("understand", 40)):
+        (tmp_path / f"{i}.png").write_bytes(png(prompt.images[0]))
+        row = {"task": "understand", "prompt": prompt.text, "images": [f"{i}.png"], "answer": prompt.answer}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    (benchmark,) = find_benchmarks([str(tmp_path / "rows.jsonl")])
+    whole = policy.sample
+    held = list(benchmark.prompts(40))
+    expected = evaluate(policy, [replace(benchmark, prompts=lambda n: held)]).as_dict()["scores"]
+    held.clear()
+    monkeypatch.setattr(policy, "sample", sample)
+    assert evaluate(policy, [benchmark]).as_dict()["scores"] == expected
+    assert len(most) == 10
+    assert max(most) <= 4 + 2 + 1  # a batch, the cache, and the last of a loop
 
 
 def test_questions_about_one_image_are_one_cluster() -> None:

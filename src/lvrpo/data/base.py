@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.errors import InputError
@@ -52,6 +52,21 @@ class Task(ABC):
     def example(self, task: TaskKind, index: int) -> Example:
         """The prompt with outputs to imitate; raises InputError where there are none."""
         raise InputError("these prompts have no outputs to imitate: give rows with a 'target'")
+
+
+class LazyPrompts(Sequence[Prompt]):
+    """Prompts that are made at each access, as the images of all may not fit into memory."""
+
+    def __init__(self, make: Callable[[int], Prompt], places: Sequence[int]) -> None:
+        """``make``: the prompt of one of ``places``."""
+        self._make, self._places = make, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:  # Any: of an integer a Prompt, of a slice LazyPrompts
+        found = self._places[index]
+        return LazyPrompts(self._make, found) if isinstance(index, slice) else self._make(found)
 
 
 class ComparableTask(Task):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lvrpo.data.base import Task
+from lvrpo.data.base import LazyPrompts, Task
 from lvrpo.data.leakage import compared_file
 from lvrpo.errors import InputError, nearest
 from lvrpo.images import ImageFile, StoredImage, load_image, load_mask, middle_square, upright_size
@@ -399,9 +399,9 @@ class RowPrompts(Task):
         """The row at an index >= 0, after ``size(task)`` rows in another order. Raises InputError without such rows."""
         return self._prompt(self._line(task, index))
 
-    def in_order(self) -> list[Prompt]:
-        """Every row, in order."""
-        return [self._prompt(line) for line in self._all()]
+    def in_order(self) -> Sequence[Prompt]:
+        """Every row, in order; images are decoded at each access."""
+        return LazyPrompts(lambda number: self._prompt(self._lines[number]), self._numbers)
 
     def examples(self, task: TaskKind, n: int) -> list[Example]:
         """The first rows of a task in order, with their targets where they have some."""

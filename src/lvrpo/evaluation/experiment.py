@@ -336,14 +336,15 @@ class Experiment:
     def _find_report_prompts(self) -> list[tuple[Benchmark, Prompt]]:
         """The prompts of the samples in eval/before.json, each with its benchmark."""
         sizes = self.plan.sizes
+        shown = [sample.key for sample in read_evaluation(self.run, "eval/before.json").prompts]
         known = {
-            (benchmark.name, prompt.id): (benchmark, prompt)
+            key: (benchmark, prompt)
             for benchmark in self.benchmarks
             if benchmark.name not in REPEATED_PROMPTS
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
+            if (key := (benchmark.name, prompt.id)) in shown
         }
-        shown = read_evaluation(self.run, "eval/before.json").prompts
-        return [known[sample.key] for sample in shown if sample.key in known]
+        return [known[key] for key in shown if key in known]
 
 
 def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:

@@ -18,12 +18,15 @@ from lvrpo.images import load_image, png
 from lvrpo.metrics import ReadBack
 from lvrpo.reading import Record, parse_json, read_json_object, read_text, validate_type
 from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Group, Prompt, TextSegment
 
 SETTINGS, ITEMS = "settings.json", "items.jsonl"
 PART = "items.{rank}.jsonl"
 """What one of several processes writes, until ``ItemStore.open`` joins the parts."""
+ANSWER_LENGTH = 80
+"""Characters of an answer that a record keeps."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,18 @@ class Item:
     failure: str = ""
     """Reason of a missing score; "" if every sample has one."""
 
+    cluster: str = ""
+    digest: str = ""
+    """``cluster_of`` and ``prompt_digest`` of the prompt with its images."""
+
     def without_images(self) -> Item:
-        """The item with the texts of its outputs only, because images of many prompts do not fit into memory."""
+        """The item with texts only, because images of many prompts do not fit into memory."""
+        prompt = without_images(self.group.prompt)
         texts = tuple(
-            replace(t, segments=tuple(s for s in t.segments if isinstance(s, TextSegment)))
+            replace(t, prompt=prompt, segments=tuple(s for s in t.segments if isinstance(s, TextSegment)))
             for t in self.group.trajectories
         )
-        return replace(self, group=Group(self.group.prompt, texts))
+        return replace(self, group=Group(prompt, texts))
 
 
 class ItemRecord(Record):
@@ -135,15 +143,16 @@ class ItemFolder:
         It is where another prompt had this id, as rows without ids are named after their line. ``failed``: also one
         whose scoring failed.
         """
-        line = self._lines.get(prompt.id)
-        if line is None or len(line.scores) != count or line.asked != prompt_digest(prompt):
+        line, digest = self._lines.get(prompt.id), prompt_digest(prompt)
+        if line is None or len(line.scores) != count or line.asked != digest:
             return None
         if not failed and (line.failure or None in line.scores):
             return None
         texts = [[] if text is None else [text] for text in line.texts]
         scores = tuple(math.nan if score is None else score for score in line.scores)
         back = None if line.read_back is None else ReadBack(*line.read_back)
-        return Item(offline_group(prompt, texts), scores, tuple(line.judged), back, line.failure)
+        group, judged = offline_group(prompt, texts), tuple(line.judged)
+        return Item(group, scores, judged, back, line.failure, cluster_of(prompt), digest)
 
     def holds(self, prompt: Prompt) -> bool:
         """Whether the outputs of a prompt are there, scored or not."""
@@ -212,9 +221,43 @@ def prompt_digest(prompt: Prompt) -> str:
     return digest.hexdigest()
 
 
-def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """``prompt_digest`` of a list of prompts."""
-    return hashlib.blake2b("".join(map(prompt_digest, prompts)).encode(), digest_size=8).hexdigest()
+def prompts_digest(digests: Iterable[str]) -> str:
+    """Hash of the ``prompt_digest`` of several prompts."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+
+
+def without_images(prompt: Prompt) -> Prompt:
+    """The prompt with its texts only."""
+    return replace(prompt, parts=tuple(part for part in prompt.parts if isinstance(part, str)), edited=None)
+
+
+def cluster_of(prompt: Prompt) -> str:
+    """The unit of the bootstrap: a hash of the prompt's images, else its content, else its id."""
+    digest = hashlib.blake2b(digest_size=8)
+    for image in prompt.images:
+        digest.update(image.numpy().tobytes())
+    return digest.hexdigest() if prompt.images else prompt.content or prompt.id
+
+
+def questions(groups: Sequence[Group]) -> dict[str, tuple[Any, ...]]:
+    """forms, right and answers of a record, for the prompts whose output is a text with a right answer; {} if none."""
+    has_answer = [group.prompt.output == ("text",) and group.prompt.answer is not None for group in groups]
+    if not any(has_answer):
+        return {}
+    rows = list(zip(groups, has_answer, strict=True))
+    return {
+        "forms": tuple(form_of(group.prompt) if text else "" for group, text in rows),
+        "right": tuple(normalize_answer(str(group.prompt.answer)) if text else None for group, text in rows),
+        "answers": tuple(
+            tuple(normalize_answer(t.text or "")[:ANSWER_LENGTH] for t in group.trajectories) if text else ()
+            for group, text in rows
+        ),
+    }
+
+
+def form_of(prompt: Prompt) -> str:
+    """The form of a question, else its category, else its task."""
+    return prompt.form or prompt.category or prompt.task
 
 
 def file_name(prompt_id: str) -> str:

@@ -10,9 +10,9 @@ import torch
 
 from lvrpo.audit_records import SampleAudit, SampleQuality
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig
+from lvrpo.evaluation.items import cluster_of
 from lvrpo.evaluation.recorded_groups import SUCCESS, VERIFIER, Array
 from lvrpo.evaluation.reward_ranking import rank_rewards
-from lvrpo.evaluation.suite import cluster_of
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.config import ConfiguredReward, RewardConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,12 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvrpo.data.base import LazyPrompts
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.distributed import on_main, rank, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, PublishedBenchmark
-from lvrpo.evaluation.items import Item, ItemFolder, ItemStore, prompts_digest
+from lvrpo.evaluation.items import (
+    Item,
+    ItemFolder,
+    ItemStore,
+    cluster_of,
+    prompt_digest,
+    prompts_digest,
+    questions,
+    without_images,
+)
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts
 from lvrpo.policies.base import Policy, Sampling, abilities, can_draw, check_text
@@ -25,7 +34,6 @@ from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import SIDES, Reward, judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
-from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import TASKS, Group, Prompt, TaskKind
 
 if TYPE_CHECKING:
@@ -35,8 +43,6 @@ SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8
 """Defaults of every benchmark, which sets its own temperature and guidance."""
 STORED_CHUNK = 16
 """Outputs per sampling call of an evaluation that is kept in a folder: what an interruption loses."""
-ANSWER_LENGTH = 80
-"""Characters of an answer that a record keeps."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +223,8 @@ def prompt_benchmarks(
     They are sampled with the model's own defaults unless ``with_sampling`` says otherwise.
     Raises InputError for a prompt that nothing scores.
     """
-    kinds: dict[tuple[TaskKind, Metric], list[Prompt]] = {}
-    for prompt in prompts:
+    kinds: dict[tuple[TaskKind, Metric], list[int]] = {}
+    for place, prompt in enumerate(prompts):
         metric = scorer.metric(prompt)
         if metric is None:
             answer = "" if "image" in prompt.output else "give it an 'answer', "
@@ -226,13 +232,14 @@ def prompt_benchmarks(
                 f"{where or name}: row {prompt.id!r} of task '{prompt.task}' cannot be scored: {answer}name rewards "
                 "that score it (lvrpo evaluate --rewards CONFIG), or leave it out"
             )
-        kinds.setdefault((prompt.task, metric), []).append(prompt)
+        kinds.setdefault((prompt.task, metric), []).append(place)
     if all(metric == "success" for _, metric in kinds):
         whole = Benchmark(name, lambda n: prompts[:n], len(prompts), tunable=True, own_rule=True, check=check)
         return [replace(whole, own_sampling=True)]
     doubled = len({task for task, _ in kinds}) < len(kinds)
     found = []
-    for (task, metric), rows in kinds.items():
+    for (task, metric), places in kinds.items():
+        rows = LazyPrompts(prompts.__getitem__, places)
         title = name if len(kinds) == 1 else f"{name}/{task}{f'/{metric}' if doubled else ''}"
         own = Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), tunable=True, own_rule=True, check=check)
         found.append(replace(own, metric=metric, own_sampling=True))
@@ -267,32 +274,40 @@ def evaluate(
     started = time.perf_counter()
     scored: dict[str, BenchmarkRecord] = {}
     kept: dict[str, Sequence[Group]] = {}
-    prompts_of: dict[str, Sequence[Prompt]] = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
-    tasks = getattr(policy, "tasks", TASKS)  # optional in anybody's class
-    for name, prompts in prompts_of.items():
-        if not can_draw(tasks):
-            prompts_of[name] = [p for p in prompts if "image" not in p.output or p.task not in tasks]
-        elif not getattr(policy, "draws_after_text", True):  # optional too
-            prompts_of[name] = [p for p in prompts if p.output != ("text", "image")]
-        if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
-            raise InputError(f"benchmark {name}: task {wrong!r}: this model {abilities(tasks)}: leave it out")
+    prompts_of = {b.name: _possible(policy, b.name, b.prompts((sizes or {}).get(b.name, b.n))) for b in benchmarks}
     if options.tuned is not None:
         for name, prompts in prompts_of.items():
             options.tuned.require_unseen(name, prompts)
     for benchmark in benchmarks:
         prompts = prompts_of[benchmark.name]
-        progress(benchmark.name, len(prompts))
-        shown = () if keep is None else keep(benchmark.name, prompts)
-        items, settings = _benchmark_items(policy, benchmark, prompts, seed, sampling, options, shown)
+        plain = [without_images(prompt) for prompt in prompts]
+        progress(benchmark.name, len(plain))
+        shown = () if keep is None else keep(benchmark.name, plain)
+        items, settings = _benchmark_items(policy, benchmark, (prompts, plain), seed, sampling, options, shown)
         scored[benchmark.name] = _benchmark_record(policy, benchmark, items, settings, options)
         kept[benchmark.name] = [items[i].group for i in shown]
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
+def _possible(policy: Policy, name: str, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The prompts of a benchmark that a policy is asked; raises InputError for a task that it cannot do."""
+    tasks = getattr(policy, "tasks", TASKS)  # optional in anybody's class
+    draws, after_text = can_draw(tasks), getattr(policy, "draws_after_text", True)  # optional too
+    places = []
+    for place, prompt in enumerate(prompts):
+        left_out = prompt.output == ("text", "image") and not after_text if draws else "image" in prompt.output
+        if left_out and (draws or prompt.task in tasks):
+            continue
+        if prompt.task not in tasks:
+            raise InputError(f"benchmark {name}: task {prompt.task!r}: this model {abilities(tasks)}: leave it out")
+        places.append(place)
+    return LazyPrompts(prompts.__getitem__, places)
+
+
 def _benchmark_items(
     policy: Policy,
     benchmark: Benchmark,
-    prompts: Sequence[Prompt],
+    asked: tuple[Sequence[Prompt], list[Prompt]],
     seed: int,
     sampling: Sampling,
     options: EvaluationOptions,
@@ -300,21 +315,24 @@ def _benchmark_items(
 ) -> tuple[list[Item], dict[TaskKind, Sampling]]:
     """The outputs of every prompt with their scores, and how each task was sampled.
 
+    ``asked``: the prompts, and the same without their images, which are read batch by batch.
+
     With ``options.store`` items that it holds are not sampled again, and the others are added to it batch by batch;
     batches are the same whatever it holds and however many processes share them, so that a resumed or a divided
     evaluation gives the same scores. Several processes divide what is missing; each writes a file of its own.
     """
-    tasks: tuple[TaskKind, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
+    prompts, plain = asked
+    tasks: tuple[TaskKind, ...] = tuple(dict.fromkeys(prompt.task for prompt in plain))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
     settings: dict[TaskKind, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
-    counts = sample_counts(benchmark, prompts, settings, options)
+    counts = sample_counts(benchmark, plain, settings, options)
     store, own = options.store, identity(policy, benchmark, seed, settings, options)
     folder = None if store is None else _open_folder(store, benchmark.name, own)
     divided = folder is not None and world_size() > 1
     at_once = CHUNK if folder is None else STORED_CHUNK
     # a few prompts at a time: all samples of large images do not fit into memory
     jobs: dict[tuple[TaskKind, int], list[int]] = {}
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(plain):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
     found: dict[int, Item] = {}
     batches: list[tuple[TaskKind, int, list[int]]] = []
@@ -323,7 +341,7 @@ def _benchmark_items(
         for batch in (places[start : start + size] for start in range(0, len(places), size)):
             known = [] if folder is None or shown else [folder.read(prompts[i], count) for i in batch]
             if known and None not in known:
-                found |= {i: item for i, item in zip(batch, known, strict=True) if item is not None}
+                found |= {i: item.without_images() for i, item in zip(batch, known, strict=True) if item is not None}
             else:
                 batches.append((task, count, batch))
     with relay_errors() if divided else nullcontext():
@@ -337,7 +355,7 @@ def _benchmark_items(
     if store is not None and divided:
         folder = _open_folder(store, benchmark.name, own)
         read = {i: folder.read(prompt, counts[i], failed=True) for i, prompt in enumerate(prompts)}
-        found = {i: item for i, item in read.items() if item is not None}
+        found = {i: item if i in shown else item.without_images() for i, item in read.items() if item is not None}
     return [found[i] for i in range(len(prompts))], settings
 
 
@@ -398,9 +416,16 @@ def _scored_items(
     judged = judge_scores(groups, judge) if _reads(judge) and count > benchmark.samples else [()] * len(groups)
     backs = read_back(groups, policy) if _reads_back(policy, benchmark, options) else [None] * len(groups)
     return [
-        Item(Group(group.prompt, group.trajectories[: benchmark.samples]), tuple(rows[p]), judged[p], backs[p], reason)
+        Item(
+            Group(group.prompt, group.trajectories[: benchmark.samples]),
+            tuple(rows[p]),
+            judged[p],
+            backs[p],
+            reasons.get(p) or ("" if all(map(math.isfinite, rows[p])) else "no score"),
+            cluster_of(group.prompt),
+            prompt_digest(group.prompt),
+        )
         for p, group in enumerate(groups)
-        for reason in [reasons.get(p) or ("" if all(map(math.isfinite, rows[p])) else "no score")]
     ]
 
 
@@ -434,7 +459,7 @@ def _benchmark_record(
     return BenchmarkRecord(
         tuple(p.id for p in prompts),
         tuple(p.category for p in prompts),
-        tuple(cluster_of(p) for p in prompts),
+        tuple(item.cluster for item in items),
         means,
         benchmark.samples,
         tuple(item.scores for item in items) if succeeds else (),
@@ -443,7 +468,7 @@ def _benchmark_record(
         **questions(groups),
         held_out=tuple(p.held_out for p in prompts) if any(p.held_out for p in prompts) else (),
         settings={
-            "prompts": prompts_digest(prompts),
+            "prompts": prompts_digest(item.digest for item in items),
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
@@ -468,32 +493,3 @@ def sample_counts(
         counts.append(many if is_resampled else benchmark.samples)
         remaining -= is_resampled
     return counts
-
-
-def questions(groups: Sequence[Group]) -> dict[str, tuple[Any, ...]]:
-    """forms, right and answers of a record, for the prompts whose output is a text with a right answer; {} if none."""
-    has_answer = [group.prompt.output == ("text",) and group.prompt.answer is not None for group in groups]
-    if not any(has_answer):
-        return {}
-    rows = list(zip(groups, has_answer, strict=True))
-    return {
-        "forms": tuple(form_of(group.prompt) if text else "" for group, text in rows),
-        "right": tuple(normalize_answer(str(group.prompt.answer)) if text else None for group, text in rows),
-        "answers": tuple(
-            tuple(normalize_answer(t.text or "")[:ANSWER_LENGTH] for t in group.trajectories) if text else ()
-            for group, text in rows
-        ),
-    }
-
-
-def form_of(prompt: Prompt) -> str:
-    """The form of a question, else its category, else its task."""
-    return prompt.form or prompt.category or prompt.task
-
-
-def cluster_of(prompt: Prompt) -> str:
-    """The unit of the bootstrap: a hash of the prompt's images, else its content, else its id."""
-    digest = hashlib.blake2b(digest_size=8)
-    for image in prompt.images:
-        digest.update(image.numpy().tobytes())
-    return digest.hexdigest() if prompt.images else prompt.content or prompt.id

@@ -87,7 +87,7 @@ class Components:
             if check is not None and isinstance(rows, RowPrompts | PromptList):
                 rows.require_possible(lambda prompt: check(prompt, sampling), trained)
 
-    def test_prompts(self) -> list[Prompt]:
+    def test_prompts(self) -> Sequence[Prompt]:
         """All test rows of a file or list; the first ``TEST_PROMPTS_PER_TASK`` per task of another source."""
         rows = self.test
         if rows is None:

@@ -16,17 +16,11 @@ import numpy as np
 from lvrpo.atomic_io import write_atomic
 from lvrpo.config import config_sha256
 from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation.items import cluster_of, form_of
 from lvrpo.evaluation.reproduce.compute import AnyConfig
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, code_version, list_jobs
 from lvrpo.evaluation.results import BEST_OF
-from lvrpo.evaluation.suite import (
-    Benchmark,
-    EvaluationOptions,
-    cluster_of,
-    evaluate,
-    find_benchmarks,
-    form_of,
-)
+from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, evaluate, find_benchmarks
 from lvrpo.evaluation.tuning import TunedSampling, content_key, tune
 from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy, Sampling
