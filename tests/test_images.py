@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, TiffImagePlugin
 
+from lvrpo import images
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
 from lvrpo.images import FORMATS, check_image, decode_image, load_image, load_mask, upright_size
@@ -118,3 +120,18 @@ def fault(content: bytes) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+def test_the_images_used_last_stay_in_memory_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "CACHED_BYTES", 100)
+    read: list[str] = []
+
+    def load(file: images.ImageFile) -> torch.Tensor:
+        read.append(str(file))
+        return torch.zeros(int(str(file)), dtype=torch.uint8)
+
+    cache = images.ImageCache(load)
+    assert [len(cache(Path(name))) for name in ("40", "30", "40", "50", "40", "30", "101", "40")] == [
+        *(40, 30, 40, 50, 40, 30, 101, 40)
+    ]
+    assert read == ["40", "30", "50", "30", "101", "40"]

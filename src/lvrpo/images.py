@@ -10,10 +10,11 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -223,3 +224,29 @@ def _deep_gray(image: PilImage.Image, name: Path | str) -> tuple[float, float] |
         raise InputError(f"{name}: 32-bit or signed pixels have no fixed range: save it as 8-bit or 16-bit PNG")
     white = 2.0**bits - 1
     return (white, 0.0) if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else (0.0, white)
+
+
+CACHED_BYTES = 1 << 30
+"""Maximum size of the decoded images that an ``ImageCache`` keeps."""
+
+
+class ImageCache:
+    """The images that ``load`` decoded last, up to ``CACHED_BYTES`` of them."""
+
+    def __init__(self, load: Callable[[ImageFile], torch.Tensor]) -> None:
+        self._load = load
+        self._kept: dict[ImageFile, torch.Tensor] = {}
+        """In the order of their last use."""
+        self._bytes = 0
+        self._lock = Lock()
+
+    def __call__(self, file: ImageFile) -> torch.Tensor:
+        image = self._kept.get(file)
+        image = self._load(file) if image is None else image
+        with self._lock:
+            before = self._kept.pop(file, None)
+            self._kept[file] = image
+            self._bytes += image.nbytes - (0 if before is None else before.nbytes)
+            while self._bytes > CACHED_BYTES:
+                self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return image

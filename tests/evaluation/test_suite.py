@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lvrpo import images
 from lvrpo.data import rows
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
@@ -142,7 +143,7 @@ def test_images_of_rows_are_read_batch_by_batch(
         most.append(len(alive))
         return whole(*given)
 
-    monkeypatch.setattr(rows, "CACHED_IMAGES", 2)
+    monkeypatch.setattr(images, "CACHED_BYTES", 2 * 3 * 32 * 32 * 4)
     monkeypatch.setattr(rows, "load_image", load)
     monkeypatch.setattr(suite, "CHUNK", 4)
     lines = []

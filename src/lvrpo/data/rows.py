@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lvrpo.data.base import LazyPrompts, Task
 from lvrpo.data.leakage import compared_file
 from lvrpo.errors import InputError, nearest
-from lvrpo.images import ImageFile, StoredImage, load_image, load_mask, middle_square, upright_size
+from lvrpo.images import ImageCache, ImageFile, StoredImage, load_image, load_mask, middle_square, upright_size
 from lvrpo.patterns import compile_pattern
 from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, TaskKind
 
@@ -284,10 +284,6 @@ def require_texts(check: Callable[[str], None], where: str, texts: Sequence[str]
             check(text)
 
 
-CACHED_IMAGES = 1024
-"""Maximum number of decoded images kept in memory."""
-
-
 class RowPrompts(Task):
     """Rows as prompts, reshuffled for each pass, deterministically by seed."""
 
@@ -308,8 +304,8 @@ class RowPrompts(Task):
         self.name, self.seed, self.side = name, seed, side
         self._lines = lines
         self._by_task: dict[TaskKind, list[int]] = {task: [] for task in TASKS}
-        self._load = lru_cache(maxsize=CACHED_IMAGES)(self._fitted)
-        self._load_mask = lru_cache(maxsize=CACHED_IMAGES)(load_mask)
+        self._load = ImageCache(self._fitted)
+        self._load_mask = ImageCache(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
         self._numbers = self._valid_numbers(problems)
         """The lines that are used."""
