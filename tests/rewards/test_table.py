@@ -379,9 +379,7 @@ def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> 
 
 def test_the_judge_of_a_reward_that_asks_none_is_refused_and_that_of_one_from_python_is_asked() -> None:
     for name in ("exact_answer", "numeric"):
-        with pytest.raises(
-            InputError, match=rf"^rewards\.{name}\.judge=tiny: this reward asks no judge: leave it"
-        ):
+        with pytest.raises(InputError, match=rf"^rewards\.{name}\.judge=tiny: this reward asks no judge: leave it"):
             build_rewards([RewardConfig(name=name, judge="tiny")])
     row = RewardConfig(name="mine", judge="tiny")
     (found,) = build_rewards([row], {"mine": Fixed()})
