@@ -38,6 +38,16 @@ def test_every_link_leads_to_a_file_and_a_heading(root: Path) -> None:
     assert broken == []
 
 
+def test_the_errors_that_the_readme_shows_are_those_of_the_commands(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = re.findall(r"^\$ lvrpo (.*)\n(error: .*)$", (root / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(shown) == 2
+    for command, line in shown:
+        assert main(shlex.split(command)) == 2
+        assert capfd.readouterr().err == f"{line}\n"
+
+
 def test_the_index_names_every_page(root: Path) -> None:
     index = (root / "docs/index.md").read_text(encoding="utf-8")
     pages = {path.relative_to(root / "docs").as_posix() for path in root.glob("docs/**/*.md")}

@@ -130,6 +130,16 @@ def test_a_function_of_trl_gets_conversations_and_columns() -> None:
     }
 
 
+def test_columns_reach_the_other_keyword_arguments() -> None:
+    def level(texts: list[str], bonus: float = 1.0, **kwargs: Any) -> list[float]:
+        assert set(kwargs) == {"level"}  # what the function names is an option
+        return [bonus if found is None else found for found in kwargs["level"]]
+
+    asked = [dataclasses.replace(ASK, metadata=metadata) for metadata in ({"level": 3.0, "bonus": 7}, {})]
+    scores = reward(level)(bonus=2.0).score([offline_group(prompt, [["a"]]) for prompt in asked], None)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[3.0], [2.0]]
+
+
 def test_tokens_of_the_last_text_are_completion_ids() -> None:
     def longest(completion_ids: list[list[int]], limit: int = 2) -> list[float]:
         return [float(len(ids) - limit) for ids in completion_ids]

@@ -91,7 +91,8 @@ def reward(
 
     A function with a required parameter of ``BATCH`` is called once with lists of all outputs and returns as many
     numbers, which suits a model on a GPU. Parameters without a default that are neither in ``BATCH_PARAMETERS`` nor
-    options are lists of that value of ``metadata``, as the reward functions of TRL have them:
+    options are lists of that value of ``metadata``, as the reward functions of TRL have them; ``**kwargs`` takes all
+    others, None where a row has no such value:
 
         def accuracy(completions, solution, **kwargs):
             return [float(done[0]["content"] == right) for done, right in zip(completions, solution)]
@@ -241,12 +242,20 @@ class BatchFunctionReward(FunctionReward):
         missing = [name for name in self.columns if name not in trajectory.prompt.metadata]
         return f"its row has no value {missing[0]!r}" if missing else None
 
+    def _column_names(self, trajectories: Sequence[Trajectory]) -> Sequence[str]:
+        """The values of ``metadata`` that the function takes."""
+        parameters = inspect.signature(self.function).parameters
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return self.columns
+        known = dict.fromkeys(name for trajectory in trajectories for name in trajectory.prompt.metadata)
+        return [*self.columns, *(name for name in known if name not in {*parameters, *self.options})]
+
     def _of_all(self, trajectories: Sequence[Trajectory]) -> list[float | str]:
         """The scores, or why there is none."""
         if not trajectories:
             return []
         own = {name: [BATCH_PARAMETERS[name](trajectory) for trajectory in trajectories] for name in self.handed}
-        own |= {name: [trajectory.prompt.metadata[name] for trajectory in trajectories] for name in self.columns}
+        own |= {name: [t.prompt.metadata.get(name) for t in trajectories] for name in self._column_names(trajectories)}
         try:
             given = self.function(**own, **self.options)
             if isinstance(given, Mapping | Set | str):  # they have another order, or keys in place of scores

@@ -351,8 +351,8 @@ class _Builder:
             drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
         if drawing is not None:
             return _Row("reason", category, index, (r.text,), ("text", "image"), (answer, drawing))
-        assert r.image is not None
-        return _Row("reason", category, index, (r.image, r.text), ("text",), (answer,))
+        assert r.scene is not None
+        return _Row("reason", category, index, (r.scene, r.text), ("text",), (answer,))
 
 
 # --- prompts of the train split with their right outputs ---

@@ -74,7 +74,7 @@ class ScenesConfig(Config):
 
 
 @dataclass
-class _Shown:
+class _SceneImage:
     """An image with one question per consecutive index."""
 
     scene: Scene
@@ -161,7 +161,7 @@ class ScenePrompts(ComparableTask):
         category = self.category(task, index)
         key = f"{self.name}/{task}/{category}/{index:06d}"
         if task == "understand":
-            shown = self._shown(index // self.config.questions_per_picture)
+            shown = self._scene_image(index // self.config.questions_per_picture)
             question = shown.questions[index % self.config.questions_per_picture]
             said = paraphrased(question.text) if self.config.wording == "paraphrased" else question.text
             prompt = Prompt(
@@ -197,8 +197,8 @@ class ScenePrompts(ComparableTask):
                 key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name, content=r.content
             )
             return prompt, (r.answer, r.drawing)
-        assert r.image is not None
-        parts = (render(r.image, self.config.size), r.text)
+        assert r.scene is not None
+        parts = (render(r.scene, self.config.size), r.text)
         prompt = Prompt(key, task, parts, ("text",), r.answer, (), category, self.name, content=r.content)
         return replace(prompt, form=question_form(r.text)), (r.answer,)
 
@@ -210,11 +210,11 @@ class ScenePrompts(ComparableTask):
         return turns * cycle.count(category) + cycle[:place].count(category)
 
     @cached_property
-    def _shown(self) -> Callable[[int], _Shown]:
+    def _scene_image(self) -> Callable[[int], _SceneImage]:
         """The image of a number, which several questions share."""
-        return lru_cache(maxsize=256)(self._draw_shown)
+        return lru_cache(maxsize=256)(self._make_scene_image)
 
-    def _draw_shown(self, number: int) -> _Shown:
+    def _make_scene_image(self, number: int) -> _SceneImage:
         each = self.config.questions_per_picture
         indices = range(number * each, (number + 1) * each)
         categories = [self.category("understand", i) for i in indices]
@@ -228,4 +228,4 @@ class ScenePrompts(ComparableTask):
             questions = [ask(c, scene, layout.rng, self._grid, w) for c, w in zip(categories, wanted, strict=True)]
             known = [q for q in questions if q is not None]
             if len(known) == each:
-                return _Shown(scene, render(scene, self.config.size), known)
+                return _SceneImage(scene, render(scene, self.config.size), known)

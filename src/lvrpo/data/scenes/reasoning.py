@@ -15,9 +15,9 @@ from lvrpo.types import Fact
 
 @dataclass(frozen=True)
 class Reasoning:
-    """An image to reason about (None for text alone), the question, its answer, and the image to draw, if any."""
+    """A scene to reason about (None for text alone), the question, its answer, and the scene to draw, if any."""
 
-    image: Scene | None
+    scene: Scene | None
     text: str
     answer: str
     drawing: Scene | None = None
