@@ -293,7 +293,8 @@ def main(run: Path, kind: str) -> int:
     os.dup2(log, 2)  # libraries print as they like
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # the process ends without a flush
-    lock = os.open(folder / f"{kind}.log", os.O_RDONLY)  # of this process alone: those that libraries start inherit log
+    # of this process alone, as those that libraries start inherit log; writable, else NFS refuses an exclusive lock
+    lock = os.open(folder / f"{kind}.log", os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of a killed run, which sends the rest
     ended, warned = False, False
     while True:
