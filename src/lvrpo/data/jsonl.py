@@ -19,7 +19,7 @@ from lvrpo.types import Split
 class JsonlConfig(Config):
     """The files of rows (docs/guides/your_data.md); images are found relative to their file, or to ``root``."""
 
-    hints: ClassVar[Mapping[str, str]] = {"cached_images": "is gone: 1 GiB of decoded images of each set of rows stays in memory"}
+    hints: ClassVar[Mapping[str, str]] = {"cached_images": "is gone: each set of rows keeps 1 GiB of decoded images"}
     train: Path | None = None
     """File of the rows to train on."""
     validation: Path | None = None
